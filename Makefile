@@ -1,0 +1,33 @@
+# Two commands do it all on a fresh machine: `make train` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# a stamp, so that installing happens once per change of the package's requirements
+STAMP := .venv/.installed
+
+.PHONY: train test bench lint model clean
+
+train: $(STAMP)
+	$(BIN)/python -m pcpo_fast.train $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# rebuilds the embedded digits pipeline from nothing (needs no download)
+model: $(STAMP)
+	$(BIN)/python -m pcpo_fast.assets.build_digits $(ARGS)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,bench,test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info runs

@@ -1,0 +1,1 @@
+"""Embedded models and the command that rebuilds them."""
