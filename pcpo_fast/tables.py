@@ -198,10 +198,8 @@ class _DDIMTable:
         sample_coef, output_coef = _ddim_coefs(at, ap, std, prediction_type)
         native_weight = torch.where(trainable, -output_coef / std, 0.0)
         weight, reweighted = native_weight, torch.zeros_like(resolved)
-        if credit == "uniform":
-            weight, reweighted = torch.where(trainable, target * scale, 0.0), trainable
-        elif credit == "proportionate":
-            # the re-solved steps reach w* up to rounding; w* itself makes the credit exactly constant
+        if target is not None and credit in ("uniform", "proportionate"):
+            # re-solved steps reach w* up to rounding; w* itself makes the credit exactly constant
             weight, reweighted = torch.where(trainable, target * scale, 0.0), trainable & ~resolved
         return StepTable(
             timesteps=steps,
@@ -264,7 +262,7 @@ class _DDIMTable:
             )
         from diffusers import DDIMScheduler
 
-        ddim = DDIMScheduler.from_config(config)
+        ddim: Any = DDIMScheduler.from_config(config)
         ddim.set_timesteps(num_inference_steps)
         return ddim_table(
             scheduler.alphas_cumprod,
