@@ -1,0 +1,508 @@
+"""The fused ops of policy-gradient alignment, for any sampler that is a table of steps x' = a x + b m + s z.
+
+Each public function checks what it is given, resolves `impl`, and calls one registered operator (namespace `pcpo_fast`)
+that `torch.compile(fullgraph=True)` treats as a single node. The work is done by `pcpo_fast.reference` (PyTorch) or
+`pcpo_fast.kernels` (Triton, imported when first used).
+
+Both gradients have the form coefficient[row] * direction[row, element]. The forward pass reads its inputs once and
+writes the direction in the model output's dtype; the coefficients are float32, so that half precision does not
+underflow; the backward pass multiplies once.
+
+Conventions: rows are dim 0 and everything behind it is flattened as a row's elements. `step` is one index into the
+table for all rows, or an int64 tensor with one per row, whose values are not checked (that would wait for the GPU).
+Arithmetic is float32 for bfloat16, float16 and float32 inputs, mixed or not, and float64 if an input is float64.
+The same inputs give the same bits, and a row alone gives the same bits as in a batch. No op waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# the folder of this module is mapped when the package is installed, which pyright does not see
+from . import reference  # pyright: ignore[reportAttributeAccessIssue]
+
+if TYPE_CHECKING:
+    from .tables import StepTable
+
+Impl = Literal["auto", "torch", "triton"]
+Reduction = Literal["mean", "sum"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# odd, so that distinct streams have distinct keys, and far from the small numbers that people choose as seeds
+STREAM_KEY = 0x9E3779B97F4A7C15
+
+
+class SamplerStep(NamedTuple):
+    """What `sampler_step` returns."""
+
+    prev_sample: Tensor
+    model_output: Tensor
+    noise: Tensor
+    log_prob: Tensor
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns."""
+
+    loss: Tensor
+    log_ratio: Tensor
+    clipped: Tensor
+
+
+def sampler_step(
+    model_output: Tensor,
+    sample: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    *,
+    uncond_output: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    sample_index: Tensor | None = None,
+    impl: Impl = "auto",
+) -> SamplerStep:
+    """One sampler step x' = a x + b m + s z with the log-probability of what is stored. For rollouts: no gradient.
+
+    With `uncond_output` u, m = u + guidance_scale (model_output - u), combined in float32 and rounded once
+    (classifier-free guidance, Ho and Salimans, arXiv 2207.12598). Rows with s = 0 take the deterministic step and draw
+    nothing; their noise and log-probability are 0.
+
+    Args:
+        model_output: (rows, ...) the model's (conditional) output m.
+        sample: (rows, ...) the current latent x, of the same shape.
+        table: the sampler, on the same device.
+        step: index into the table, for all rows or int64 (rows,).
+        uncond_output: (rows, ...) the unconditional output, for guidance.
+        guidance_scale: 1 is the conditional output alone.
+        noise: (rows, ...) z ~ N(0, 1); give this or `seed`.
+        seed: the run's seed, an int or a 0-d int64 tensor. z is drawn by Philox from the seed, each row's
+            `sample_index`, its step and the element's place, and by nothing else (see `sample_noise`).
+        sample_index: int64 (rows,) global index of each sample, for `seed`; default 0, 1, ..., rows - 1.
+        impl: "torch", "triton", or "auto": Triton for CUDA tensors, PyTorch otherwise.
+
+    Returns:
+        prev_sample: x' in the dtype of `sample`, rounded once.
+        model_output: the m that was used, in the dtype of `model_output`.
+        noise: float32 (rows, ...) z = (x' - a x - b m)/s of the x' that is stored.
+        log_prob: float32 (rows,) log N(x'; a x + b m, s^2), a mean over elements, of the x' that is stored (Black et
+            al., arXiv 2305.13301, equation 4 for the policy).
+
+    Raises:
+        ValueError: for shapes, dtypes, devices or a step that do not fit, or unless one of `noise` and `seed` is given.
+        ImportError, RuntimeError: for impl="triton" without Triton, or with CPU tensors outside its interpreter.
+    """
+    tensors = {"sample": sample, "uncond_output": uncond_output, "noise": noise}
+    _check_like(model_output, tensors)
+    step = _check_step(step, table, model_output)
+    if (noise is None) == (seed is None):
+        raise ValueError(f"{'neither' if noise is None else 'both'} of noise and seed given: give exactly one of them")
+    if seed is not None:
+        seed = _check_seed(seed, model_output.device)
+        sample_index = _check_sample_index(sample_index, step)
+    with torch.no_grad():
+        prev_sample, guided, stored_noise, log_prob = torch.ops.pcpo_fast.sampler_step(
+            model_output,
+            sample,
+            table.rows,
+            step,
+            uncond_output,
+            guidance_scale,
+            noise,
+            seed,
+            sample_index,
+            _resolve_impl(impl, model_output, *tensors.values()),
+        )
+    return SamplerStep(prev_sample, model_output.detach() if uncond_output is None else guided, stored_noise, log_prob)
+
+
+def step_log_prob(
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    *,
+    reduction: Reduction = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """log N(x'; a x + b m, s^2) of each row, differentiable (once) in `model_output` and in nothing else.
+
+    For trainers that keep states. Subtracting two of these loses almost all digits of a log-ratio; `policy_loss` loses
+    none.
+
+    Args:
+        model_output: (rows, ...) m.
+        sample, prev_sample: (rows, ...) the stored x and x'.
+        table, step, impl: as in `sampler_step`.
+        reduction: "mean" or "sum" over the row's elements.
+
+    Returns:
+        float32 (rows,); 0, with gradient 0, where s = 0.
+
+    Raises:
+        ValueError, ImportError, RuntimeError: as `sampler_step`.
+    """
+    _check_like(model_output, {"sample": sample, "prev_sample": prev_sample})
+    step = _check_step(step, table, model_output)
+    _check_choice("reduction", reduction, ("mean", "sum"))
+    log_prob, _, _ = torch.ops.pcpo_fast.step_log_prob(
+        model_output,
+        sample.detach(),
+        prev_sample.detach(),
+        table.rows,
+        step,
+        reduction,
+        _resolve_impl(impl, model_output, sample, prev_sample),
+    )
+    return log_prob
+
+
+def policy_loss(
+    model_output: Tensor,
+    old_model_output: Tensor,
+    noise: Tensor,
+    table: StepTable,
+    step: int | Tensor,
+    advantages: Tensor,
+    *,
+    objective: str = "pcpo",
+    clip_range: float = 1e-4,
+    reduction: Reduction = "mean",
+    ref_model_output: Tensor | None = None,
+    kl_weight: float = 0.0,
+    impl: Impl = "auto",
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of one sampler step per row, with its gradient made in the same pass.
+
+    With e = m_new - m_old, the step's weight w and the log-ratio log rho = -(w <e, z> + w^2 <e, e>/2), which is exactly
+    0 where m_new = m_old:
+
+    - "pcpo": max(0, xi |A| - A log rho), the log-hinge of PCPO (Lee and Ye, arXiv 2509.25774).
+    - "ppo": max(-A rho, -A clip(rho, 1 - xi, 1 + xi)) (Schulman et al., arXiv 1707.06347, equation 7), which is
+      DDPO's (Black et al., arXiv 2305.13301) and GRPO's.
+
+    Both plus kl_weight times KL(new || ref) = w^2 <m_new - m_ref, m_new - m_ref>/2 with the sampler's own w = -b/s.
+
+    Args:
+        model_output: (rows, ...) m_new, the only input that gets a gradient (once: no double backward).
+        old_model_output: (rows, ...) m_old, as the rollout stored it.
+        noise: (rows, ...) z of the stored x', as `sampler_step` returns it.
+        table, step, impl: as in `sampler_step`. Rows with weight 0 have log-ratio 0 and gradient 0.
+        advantages: (rows,) A.
+        objective: "pcpo" or "ppo".
+        clip_range: xi.
+        reduction: "mean" or "sum" of <., .> over the row's elements.
+        ref_model_output: (rows, ...) m_ref, needed if `kl_weight` is not 0.
+        kl_weight: weight of the KL term.
+
+    Returns:
+        loss: float32 scalar, the mean over rows.
+        log_ratio: float32 (rows,) log rho, without gradient.
+        clipped: bool (rows,), without gradient: the rows whose objective is clipped and has no gradient.
+
+    Raises:
+        ValueError, ImportError, RuntimeError: as `sampler_step`, and for an unknown objective or reduction, a clip
+            range that is not positive, or a KL weight without reference output.
+    """
+    if kl_weight == 0:
+        ref_model_output = None
+    elif ref_model_output is None:
+        raise ValueError(f"kl_weight={kl_weight} needs ref_model_output, the reference model's output on the same rows")
+    tensors = {"old_model_output": old_model_output, "noise": noise, "ref_model_output": ref_model_output}
+    _check_like(model_output, tensors)
+    step = _check_step(step, table, model_output)
+    _check_per_row("advantages", advantages, model_output)
+    if not advantages.is_floating_point():
+        raise ValueError(f"advantages has dtype {advantages.dtype}; convert it to a floating type")
+    _check_choice("objective", objective, tuple(reference.OBJECTIVES))
+    _check_choice("reduction", reduction, ("mean", "sum"))
+    if not clip_range > 0:
+        raise ValueError(f"clip_range={clip_range} leaves nothing to learn from; use a positive number, such as 1e-4")
+    loss, log_ratio, clipped, _, _ = torch.ops.pcpo_fast.policy_loss(
+        model_output,
+        old_model_output.detach(),
+        noise.detach(),
+        table.rows,
+        step,
+        advantages.detach(),
+        None if ref_model_output is None else ref_model_output.detach(),
+        objective,
+        clip_range,
+        reduction,
+        kl_weight,
+        _resolve_impl(impl, model_output, *tensors.values()),
+    )
+    return PolicyLoss(loss, log_ratio, clipped)
+
+
+def sample_noise(
+    shape: tuple[int, ...],
+    table: StepTable,
+    step: int | Tensor,
+    *,
+    seed: int | Tensor,
+    sample_index: Tensor | None = None,
+    stream: int = 0,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The N(0, 1) noise that `sampler_step` draws from a seed, so that it need not be stored.
+
+    Philox4x32-10 (Salmon et al., SC 2011) keyed by the seed: element i of a row takes lane i % 4 of the counter
+    (sample_index len(table) + step) ceil(numel/4) + i // 4.
+
+    Args:
+        shape: (rows, ...).
+        table: the sampler; the noise is made on its device.
+        step, seed, sample_index, impl: as in `sampler_step`.
+        stream: 0 is the noise of the sampler steps. Another number gives independent noise, for initial latents say:
+            the key is the seed XOR (stream * 0x9E3779B97F4A7C15 mod 2^64).
+
+    Returns:
+        float32 of the given shape.
+
+    Raises:
+        ValueError, ImportError, RuntimeError: as `sampler_step`.
+    """
+    like = table.rows.new_empty((1,)).expand(shape)
+    _check_like(like, {})
+    step = _check_step(step, table, like)
+    # as a signed 64-bit number
+    stream_key = (stream * STREAM_KEY + 2**63) % 2**64 - 2**63
+    seed = _check_seed(seed, like.device) ^ stream_key
+    sample_index = _check_sample_index(sample_index, step)
+    noise = torch.ops.pcpo_fast.sample_noise(
+        seed, sample_index, step, len(table.rows), like[0].numel(), _resolve_impl(impl, like)
+    )
+    return noise.view(shape)
+
+
+def _check_like(model_output: Tensor, others: dict[str, Tensor | None]) -> None:
+    if model_output.dim() == 0 or model_output.numel() == 0:
+        raise ValueError(f"shape {tuple(model_output.shape)} has no rows or no elements; give (rows, ...)")
+    for name, tensor in {"model_output": model_output, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.shape != model_output.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and model_output {tuple(model_output.shape)}; make them equal"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to one of {', '.join(map(str, DTYPES))}")
+        _check_device(name, tensor, model_output)
+
+
+def _check_device(name: str, tensor: Tensor, model_output: Tensor) -> None:
+    if tensor.device != model_output.device:
+        raise ValueError(f"{name} is on {tensor.device} and model_output on {model_output.device}; move it with .to()")
+
+
+def _check_per_row(name: str, tensor: Tensor, model_output: Tensor) -> None:
+    if tensor.shape != model_output.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give one per row, ({model_output.shape[0]},)")
+    _check_device(name, tensor, model_output)
+
+
+def _check_indices(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; convert it with .long()")
+    _check_per_row(name, tensor, like)
+
+
+def _check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> Tensor:
+    """One step index per row."""
+    _check_device("table", table.rows, model_output)
+    if isinstance(step, Tensor):
+        _check_indices("step", step, model_output)
+        return step
+    if not 0 <= step < len(table.rows):
+        raise ValueError(f"step={step} is not in the table; choose one of 0, ..., {len(table.rows) - 1}")
+    return torch.full(model_output.shape[:1], step, dtype=torch.int64, device=model_output.device)
+
+
+def _check_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != device:
+            raise ValueError(
+                f"seed is a {seed.dtype} tensor of shape {tuple(seed.shape)} on {seed.device}; "
+                f"give an int or a 0-d int64 tensor on {device}"
+            )
+        return seed
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} is out of range; choose 0 <= seed < 2**63")
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _check_sample_index(sample_index: Tensor | None, step: Tensor) -> Tensor:
+    if sample_index is None:
+        return torch.arange(len(step), device=step.device)
+    _check_indices("sample_index", sample_index, step)
+    return sample_index
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+
+
+def _resolve_impl(impl: str, *tensors: Tensor | None) -> str:
+    _check_choice("impl", impl, ("auto", "torch", "triton"))
+    present = [t for t in tensors if t is not None]
+    double = any(t.dtype == torch.float64 for t in present)
+    if impl == "auto":
+        return "triton" if present[0].device.type == "cuda" and not double else "torch"
+    if impl == "triton" and double:
+        raise ValueError("impl='triton' computes in float32 and was given float64; use impl='torch' or convert it")
+    return impl
+
+
+def _backend(impl: str, device: torch.device) -> Any:
+    """The module whose functions implement the operators."""
+    if impl == "torch":
+        return reference
+    try:
+        kernels = importlib.import_module(".kernels", __package__)
+    except ImportError as error:
+        raise ImportError("impl='triton' needs the package triton; install it or use impl='torch'") from error
+    if device.type == "cpu" and not kernels.INTERPRETED:
+        raise RuntimeError(
+            "impl='triton' was given CPU tensors; move them to a GPU, use impl='torch', or set TRITON_INTERPRET=1 "
+            "before triton is imported, to run the kernels in Triton's interpreter"
+        )
+    return kernels
+
+
+_library = torch.library.Library("pcpo_fast", "DEF")
+_library.define(
+    "sampler_step(Tensor model_output, Tensor sample, Tensor table, Tensor step, Tensor? uncond_output, "
+    "float guidance_scale, Tensor? noise, Tensor? seed, Tensor? sample_index, str impl) "
+    "-> (Tensor prev_sample, Tensor guided, Tensor noise, Tensor log_prob)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "step_log_prob(Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, "
+    "str reduction, str impl) -> (Tensor log_prob, Tensor direction, Tensor coefficient)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "policy_loss(Tensor model_output, Tensor old_model_output, Tensor noise, Tensor table, Tensor step, "
+    "Tensor advantages, Tensor? ref_model_output, str objective, float clip_range, str reduction, float kl_weight, "
+    "str impl) -> (Tensor loss, Tensor log_ratio, Tensor clipped, Tensor direction, Tensor coefficients)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "sample_noise(Tensor seed, Tensor sample_index, Tensor step, int num_steps, int numel, str impl) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _dispatched(name: str) -> Callable[..., Any]:
+    def run(first: Tensor, *args: Any) -> Any:
+        return getattr(_backend(args[-1], first.device), name)(first, *args[:-1])
+
+    return run
+
+
+for _name in ("sampler_step", "step_log_prob", "policy_loss", "sample_noise"):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _dispatched(_name), _key)
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("pcpo_fast::sampler_step", lib=_library)
+def _(model_output, sample, table, step, uncond_output, guidance_scale, noise, seed, sample_index, impl):
+    dtype = reference.compute_dtype(model_output, sample, uncond_output, noise)
+    guided = model_output.new_empty(0) if uncond_output is None else _empty_like(model_output)
+    return _empty_like(sample), guided, _empty_like(sample, dtype), _empty_like(step, dtype)
+
+
+@torch.library.register_fake("pcpo_fast::step_log_prob", lib=_library)
+def _(model_output, sample, prev_sample, table, step, reduction, impl):
+    dtype = reference.compute_dtype(model_output, sample, prev_sample)
+    return _empty_like(step, dtype), _empty_like(model_output), _empty_like(step, dtype)
+
+
+@torch.library.register_fake("pcpo_fast::policy_loss", lib=_library)
+def _(
+    model_output,
+    old_model_output,
+    noise,
+    table,
+    step,
+    advantages,
+    ref_model_output,
+    objective,
+    clip_range,
+    reduction,
+    kl_weight,
+    impl,
+):
+    dtype = reference.compute_dtype(model_output, old_model_output, noise, ref_model_output)
+    rows = step.shape[0]
+    return (
+        model_output.new_empty((), dtype=dtype),
+        _empty_like(step, dtype),
+        _empty_like(step, torch.bool),
+        _empty_like(model_output),
+        model_output.new_empty((rows, 2), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("pcpo_fast::sample_noise", lib=_library)
+def _(seed, sample_index, step, num_steps, numel, impl):
+    return seed.new_empty((step.shape[0], numel), dtype=torch.float32)
+
+
+def _save_step_log_prob(ctx, inputs, output):
+    _, direction, coefficient = output
+    ctx.mark_non_differentiable(direction, coefficient)
+    ctx.save_for_backward(direction, coefficient)
+
+
+@once_differentiable
+def _step_log_prob_backward(ctx, grad_log_prob, *_):
+    direction, coefficient = ctx.saved_tensors
+    gradient = direction * _per_row(grad_log_prob * coefficient, direction)
+    return gradient.to(direction.dtype), *[None] * 6
+
+
+def _save_policy_loss(ctx, inputs, output):
+    model_output, ref_model_output = inputs[0], inputs[6]
+    _, log_ratio, clipped, direction, coefficients = output
+    ctx.mark_non_differentiable(log_ratio, clipped, direction, coefficients)
+    # the reference model's part of the gradient is made from the inputs, which are alive anyway
+    kl = () if ref_model_output is None else (model_output, ref_model_output)
+    ctx.save_for_backward(direction, coefficients, *kl)
+
+
+@once_differentiable
+def _policy_loss_backward(ctx, grad_loss, *_):
+    direction, coefficients, *kl = ctx.saved_tensors
+    along, away_from_ref = (grad_loss * coefficients).unbind(1)
+    gradient = direction * _per_row(along, direction)
+    if kl:
+        model_output, ref_model_output = (t.to(gradient.dtype) for t in kl)
+        gradient += (model_output - ref_model_output) * _per_row(away_from_ref, direction)
+    return gradient.to(direction.dtype), *[None] * 11
+
+
+def _per_row(factor: Tensor, like: Tensor) -> Tensor:
+    """(rows,) to (rows, 1, ...), which takes part in type promotion where a scalar would be rounded to half."""
+    return factor.view(-1, *[1] * (like.dim() - 1))
+
+
+torch.library.register_autograd(
+    "pcpo_fast::step_log_prob", _step_log_prob_backward, setup_context=_save_step_log_prob, lib=_library
+)
+torch.library.register_autograd(
+    "pcpo_fast::policy_loss", _policy_loss_backward, setup_context=_save_policy_loss, lib=_library
+)

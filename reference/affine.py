@@ -1,0 +1,106 @@
+"""The affine Gaussian step x' = a x + b m + s z, and how the CPU path walks over its rows.
+
+The CPU path works in tiles that stay in the cache. Two rules make its bits independent of the tiling, of the number
+of threads and of the other rows of a batch:
+
+- elementwise passes round once per operation (no fused multiply-add, which PyTorch may or may not use, depending on
+  where a vectorised loop ends), and transcendental functions of a row are taken in float64 and rounded once;
+- a row is summed in chunks of `CHUNK` elements counted from its own start, then over its chunks. PyTorch sums a
+  chunk of this size with one thread.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 16_384
+TILE_CHUNKS_PER_THREAD = 4
+LOG_SQRT_2PI = 0.9189385332046727
+
+
+class Coefficients(NamedTuple):
+    """One table row per sample, each column as a (rows, 1) float64 tensor."""
+
+    sample: Tensor  # a
+    output: Tensor  # b
+    std: Tensor  # s
+    weight: Tensor
+    native_weight: Tensor
+    interval: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, step: Tensor) -> "Coefficients":
+        return cls(*table.index_select(0, step).double().split(1, dim=1))
+
+    def tile(self, rows: slice, dtype: torch.dtype) -> "Coefficients":
+        return Coefficients(*(column[rows].to(dtype) for column in self))
+
+    @property
+    def inverse_std(self) -> Tensor:
+        """1/s, and 0 for a deterministic step."""
+        return torch.where(self.std > 0, 1 / self.std, 0.0)
+
+    def log_prob(self, sum_of_squares: Tensor, numel: int, reduction: str) -> Tensor:
+        """log N(x'; a x + b m, s^2) of each row from <z, z>, float64; 0 for a deterministic step."""
+        scale = reduction_scale(numel, reduction)
+        constant = scale * numel * (self.std.log() + LOG_SQRT_2PI)
+        return torch.where(self.std > 0, -0.5 * scale * sum_of_squares[:, None] - constant, 0.0)[:, 0]
+
+
+def reduction_scale(numel: int, reduction: str) -> float:
+    return 1 / numel if reduction == "mean" else 1.0
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """(rows, ...) as a contiguous (rows, numel)."""
+    return tensor.contiguous().view(tensor.shape[0], -1)
+
+
+def tiles(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Row and column slices that cover a (rows, numel) tensor, each small enough for the cache; one on a GPU."""
+    rows, numel = tensor.shape
+    if tensor.device.type != "cpu":
+        yield slice(0, rows), slice(0, numel)
+        return
+    budget = CHUNK * TILE_CHUNKS_PER_THREAD * torch.get_num_threads()
+    height, width = max(1, budget // numel), min(numel, budget)
+    for top in range(0, rows, height):
+        for left in range(0, numel, width):
+            yield slice(top, min(top + height, rows)), slice(left, min(left + width, numel))
+
+
+class RowSum:
+    """Sums the rows of a (rows, numel) tensor that arrives in tiles."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype):
+        rows, numel = like.shape
+        self.partials = like.new_empty((rows, -(-numel // CHUNK)), dtype=dtype)
+
+    def add(self, tile: Tensor, rows: slice, columns: slice) -> None:
+        partials = self.partials[rows, columns.start // CHUNK :]
+        whole, rest = divmod(tile.shape[1], CHUNK)
+        if whole:
+            torch.sum(tile[:, : whole * CHUNK].unflatten(1, (whole, CHUNK)), dim=2, out=partials[:, :whole])
+        if rest:
+            torch.sum(tile[:, whole * CHUNK :], dim=1, out=partials[:, whole])
+
+    def total(self) -> Tensor:
+        """(rows,) float64."""
+        return self.partials.double().sum(dim=1)
+
+
+def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients) -> Tensor:
+    """a x + b m of one tile."""
+    return (sample * coef.sample).add_(model_output * coef.output)
+
+
+def whiten(prev_sample: Tensor, mean: Tensor, coef: Coefficients) -> Tensor:
+    """z = (x' - a x - b m)/s of one tile, written over `mean`; 0 for a deterministic step."""
+    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std)

@@ -1,0 +1,67 @@
+"""Counter-based noise: Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011).
+
+Four consecutive elements of a row share one counter, (sample_index T + step) ceil(numel/4) + element // 4, so an
+element's noise depends on the seed, the sample's global index, the step and its place alone: not on the batch, the rank
+or the chunking. The 64-bit seed is the key, the 64-bit counter the two low words of Philox's counter.
+
+Bits become normals as Triton's `tl.randn4x` makes them: a folded signed integer times 2^-31, at least 1e-7, and the
+Box-Muller transform of two such numbers; here the transform is taken in float64 and rounded once.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
+WORD = 0xFFFFFFFF
+# the largest float32 whose product with 2^31 - 1 stays below 1
+UNIFORM_SCALE = 4.6566127342e-10
+SMALLEST_UNIFORM = 1e-7
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Four words from a counter of four words and a key of two, all unsigned 32-bit numbers held in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        # the product may wrap around int64; its 64 bits are right all the same
+        product0, product2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0 = (product2 >> 32).bitwise_and_(WORD).bitwise_xor_(c1).bitwise_xor_(k0)
+        c2 = (product0 >> 32).bitwise_and_(WORD).bitwise_xor_(c3).bitwise_xor_(k1)
+        c1, c3 = product2.bitwise_and_(WORD), product0.bitwise_and_(WORD)
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD, (k1 + KEY_INCREMENTS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def words_to_uniform(words: Tensor) -> Tensor:
+    """Unsigned 32-bit words to float32 in [0, 1)."""
+    return torch.minimum(words, WORD - words).float().mul_(UNIFORM_SCALE)
+
+
+def uniform_to_normal(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 normals from two float32 uniforms (Box-Muller)."""
+    radius = u0.clamp_(min=SMALLEST_UNIFORM).double().log_().mul_(-2).sqrt_()
+    angle = u1.mul_(2 * math.pi).double()
+    return (radius * angle.cos()).float(), radius.mul_(angle.sin_()).float()
+
+
+def noise_tile(
+    seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int, rows: slice, columns: slice
+) -> Tensor:
+    """float32 N(0, 1) for a tile of (rows, numel) whose first column is a multiple of 4."""
+    first = (sample_index[rows] * num_steps + step[rows]) * -(-numel // 4)
+    quads = torch.arange(columns.start // 4, -(-columns.stop // 4), device=seed.device)
+    offset = first[:, None] + quads
+    zero = torch.zeros_like(offset)
+    words = philox4x32((offset & WORD, (offset >> 32) & WORD, zero, zero), (seed & WORD, (seed >> 32) & WORD))
+    u0, u1, u2, u3 = (words_to_uniform(w) for w in words)
+    lanes = (*uniform_to_normal(u0, u1), *uniform_to_normal(u2, u3))
+    return torch.stack(lanes, dim=2).flatten(1)[:, : columns.stop - columns.start]
+
+
+def sample_noise(seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
+    """The noise of every row, (rows, numel) float32."""
+    return noise_tile(seed, sample_index, step, num_steps, numel, slice(0, len(step)), slice(0, numel))
