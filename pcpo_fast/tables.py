@@ -253,7 +253,8 @@ class _DDIMTable:
             if given != wanted and not str(given).startswith("fixed"):
                 raise ValueError(
                     f"{name} has {setting}={given!r}, under which a sampler step is not an affine Gaussian of the "
-                    f"model output; build it with {name}.from_config(scheduler.config, {setting}={wanted!r})"
+                    "model output at a training timestep; build it with "
+                    f"{name}.from_config(scheduler.config, {setting}={wanted!r})"
                 )
         if not 1 <= num_inference_steps <= config.num_train_timesteps:
             raise ValueError(
@@ -262,7 +263,12 @@ class _DDIMTable:
             )
         from diffusers import DDIMScheduler
 
-        ddim: Any = DDIMScheduler.from_config(config)
+        # spelled out: from_config replaces a spacing that was left at Euler's default by DDIM's default
+        ddim: Any = DDIMScheduler(
+            num_train_timesteps=config.num_train_timesteps,
+            timestep_spacing=config.timestep_spacing,
+            steps_offset=config.steps_offset,
+        )
         ddim.set_timesteps(num_inference_steps)
         return ddim_table(
             scheduler.alphas_cumprod,
@@ -295,6 +301,7 @@ _AFFINE_SETTINGS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
+    "timestep_type": "discrete",
 }
 
 
@@ -358,7 +365,8 @@ def _solve_credit(
         return native_std, target, torch.zeros_like(stochastic)
 
     discriminant = b0**2 * (1 + target**2) - c1**2
-    solvable = stochastic & (discriminant >= 0)
+    # eta = 1 is the double root: rounding must not lose a target that is exactly its credit
+    solvable = stochastic & (discriminant >= -1e-14 * c1**2)
     if not bool(solvable.any()):
         smallest = torch.sqrt((c1 / b0) ** 2 - 1)[stochastic]
         raise ValueError(
