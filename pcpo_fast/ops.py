@@ -447,13 +447,12 @@ def _(
     impl,
 ):
     dtype = reference.compute_dtype(model_output, old_model_output, noise, ref_model_output)
-    rows = step.shape[0]
     return (
         model_output.new_empty((), dtype=dtype),
         _empty_like(step, dtype),
         _empty_like(step, torch.bool),
         _empty_like(model_output),
-        model_output.new_empty((rows, 2), dtype=dtype),
+        model_output.new_empty((step.shape[0], 1 if ref_model_output is None else 2), dtype=dtype),
     )
 
 
@@ -487,11 +486,11 @@ def _save_policy_loss(ctx, inputs, output):
 @once_differentiable
 def _policy_loss_backward(ctx, grad_loss, *_):
     direction, coefficients, *kl = ctx.saved_tensors
-    along, away_from_ref = (grad_loss * coefficients).unbind(1)
+    along, *away_from_ref = (grad_loss * coefficients).unbind(1)
     gradient = direction * _per_row(along, direction)
     if kl:
         model_output, ref_model_output = (t.to(gradient.dtype) for t in kl)
-        gradient += (model_output - ref_model_output) * _per_row(away_from_ref, direction)
+        gradient += (model_output - ref_model_output) * _per_row(*away_from_ref, direction)
     return gradient.to(direction.dtype), *[None] * 11
 
 

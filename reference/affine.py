@@ -21,7 +21,7 @@ LOG_SQRT_2PI = 0.9189385332046727
 
 
 class Coefficients(NamedTuple):
-    """One table row per sample, each column as a (rows, 1) float64 tensor."""
+    """The table's columns at each row's step, (rows,) each."""
 
     sample: Tensor  # a
     output: Tensor  # b
@@ -31,22 +31,19 @@ class Coefficients(NamedTuple):
     interval: Tensor
 
     @classmethod
-    def of(cls, table: Tensor, step: Tensor) -> "Coefficients":
-        return cls(*table.index_select(0, step).double().split(1, dim=1))
-
-    def tile(self, rows: slice, dtype: torch.dtype) -> "Coefficients":
-        return Coefficients(*(column[rows].to(dtype) for column in self))
+    def of(cls, table: Tensor, step: Tensor, dtype: torch.dtype) -> "Coefficients":
+        return cls(*table.index_select(0, step).to(dtype).unbind(1))
 
     @property
     def inverse_std(self) -> Tensor:
         """1/s, and 0 for a deterministic step."""
         return torch.where(self.std > 0, 1 / self.std, 0.0)
 
-    def log_prob(self, sum_of_squares: Tensor, numel: int, reduction: str) -> Tensor:
-        """log N(x'; a x + b m, s^2) of each row from <z, z>, float64; 0 for a deterministic step."""
-        scale = reduction_scale(numel, reduction)
-        constant = scale * numel * (self.std.log() + LOG_SQRT_2PI)
-        return torch.where(self.std > 0, -0.5 * scale * sum_of_squares[:, None] - constant, 0.0)[:, 0]
+
+def gaussian_log_prob(sum_of_squares: Tensor, std: Tensor, numel: int, reduction: str) -> Tensor:
+    """log N(x'; a x + b m, s^2) of each row from <z, z>, all float64; 0 for a deterministic step."""
+    log_prob = -0.5 * sum_of_squares - numel * (std.log() + LOG_SQRT_2PI)
+    return torch.where(std > 0, reduction_scale(numel, reduction) * log_prob, 0.0)
 
 
 def reduction_scale(numel: int, reduction: str) -> float:
@@ -76,31 +73,31 @@ def tiles(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, numel))
 
 
-class RowSum:
-    """Sums the rows of a (rows, numel) tensor that arrives in tiles."""
+class RowSums:
+    """Sums of the rows of (rows, numel) tensors that arrive in tiles."""
 
-    def __init__(self, like: Tensor, dtype: torch.dtype):
+    def __init__(self, like: Tensor, dtype: torch.dtype, count: int = 1):
         rows, numel = like.shape
-        self.partials = like.new_empty((rows, -(-numel // CHUNK)), dtype=dtype)
+        self.partials = like.new_empty((count, rows, -(-numel // CHUNK)), dtype=dtype)
 
-    def add(self, tile: Tensor, rows: slice, columns: slice) -> None:
-        partials = self.partials[rows, columns.start // CHUNK :]
+    def add(self, tile: Tensor, rows: slice, columns: slice, *, index: int = 0) -> None:
+        partials = self.partials[index, rows, columns.start // CHUNK :]
         whole, rest = divmod(tile.shape[1], CHUNK)
         if whole:
             torch.sum(tile[:, : whole * CHUNK].unflatten(1, (whole, CHUNK)), dim=2, out=partials[:, :whole])
         if rest:
             torch.sum(tile[:, whole * CHUNK :], dim=1, out=partials[:, whole])
 
-    def total(self) -> Tensor:
-        """(rows,) float64."""
-        return self.partials.double().sum(dim=1)
+    def totals(self) -> tuple[Tensor, ...]:
+        """(rows,) float64 each."""
+        return self.partials.double().sum(dim=2).unbind(0)
 
 
-def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients) -> Tensor:
+def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients, rows: slice) -> Tensor:
     """a x + b m of one tile."""
-    return (sample * coef.sample).add_(model_output * coef.output)
+    return (sample * coef.sample[rows, None]).add_(model_output * coef.output[rows, None])
 
 
-def whiten(prev_sample: Tensor, mean: Tensor, coef: Coefficients) -> Tensor:
+def whiten(prev_sample: Tensor, mean: Tensor, coef: Coefficients, rows: slice) -> Tensor:
     """z = (x' - a x - b m)/s of one tile, written over `mean`; 0 for a deterministic step."""
-    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std)
+    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std[rows, None])

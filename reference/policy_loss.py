@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, RowSum, as_rows, compute_dtype, reduction_scale, tiles
+from .affine import Coefficients, RowSums, as_rows, compute_dtype, reduction_scale, tiles
 
 
 def policy_loss_oracle(
@@ -37,13 +37,14 @@ def policy_loss_oracle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
-    coef = Coefficients.of(table, step)
+    coef = Coefficients.of(table, step, torch.float64)
+    weight = coef.weight[:, None]
     advantages = advantages.double()
     reduce = torch.mean if reduction == "mean" else torch.sum
 
-    whitened = z - coef.weight * old
-    new_log_prob = reduce(Normal(-coef.weight * new, 1.0).log_prob(whitened), dim=1)
-    old_log_prob = reduce(Normal(-coef.weight * old, 1.0).log_prob(whitened), dim=1)
+    whitened = z - weight * old
+    new_log_prob = reduce(Normal(-weight * new, 1.0).log_prob(whitened), dim=1)
+    old_log_prob = reduce(Normal(-weight * old, 1.0).log_prob(whitened), dim=1)
     log_ratio = new_log_prob - old_log_prob
     if objective == "pcpo":
         loss = torch.clamp(clip_range * advantages.abs() - advantages * log_ratio, min=0)
@@ -55,7 +56,7 @@ def policy_loss_oracle(
         loss = torch.maximum(unclipped_loss, clipped_loss)
         clipped = clipped_loss > unclipped_loss
     if ref_model_output is not None:
-        policy, reference = (-coef.native_weight * m for m in (new, ref_model_output.double().flatten(1)))
+        policy, reference = (-coef.native_weight[:, None] * m for m in (new, ref_model_output.double().flatten(1)))
         kl = torch.distributions.kl_divergence(Normal(policy, 1.0), Normal(reference, 1.0))
         loss = loss + kl_weight * reduce(kl, dim=1)
     return loss.mean(), log_ratio, clipped
@@ -92,32 +93,41 @@ def policy_loss(
     reduction: str,
     kl_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 2): of the
-    direction and of m_new - m_ref."""
+    """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 1): of the
+    direction, or (rows, 2): of the direction and of m_new - m_ref."""
     dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output)
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     new, old, z, towards = (as_rows(t) for t in (model_output, old_model_output, noise, direction))
     ref = None if ref_model_output is None else as_rows(ref_model_output)
-    coef = Coefficients.of(table, step)
-    weight = coef.weight.to(dtype)
-    ez, ee, rr = (RowSum(new, dtype) for _ in range(3))
+    weight = Coefficients.of(table, step, dtype).weight[:, None]
+    sums = RowSums(new, dtype, count=2 if ref is None else 3)
 
     for tile in tiles(new):
-        m_new, m_old, noise_tile = (t[tile].to(dtype) for t in (new, old, z))
-        e = m_new - m_old
-        scratch = e * noise_tile
-        ez.add(scratch, *tile)
-        ee.add(torch.mul(e, e, out=scratch), *tile)
-        towards[tile] = torch.mul(e, weight[tile[0]], out=scratch).add_(noise_tile)
+        m_new, noise_tile = new[tile].to(dtype), z[tile].to(dtype)
+        e = m_new - old[tile].to(dtype)
+        scratch = towards[tile] if towards.dtype == dtype else torch.empty_like(e)
+        sums.add(torch.mul(e, noise_tile, out=scratch), *tile, index=0)
+        sums.add(torch.mul(e, e, out=scratch), *tile, index=1)
+        torch.mul(e, weight[tile[0]], out=scratch).add_(noise_tile)
+        if towards.dtype != dtype:
+            towards[tile] = scratch
         if ref is not None:
-            torch.sub(m_new, ref[tile].to(dtype), out=e)
-            rr.add(torch.mul(e, e, out=scratch), *tile)
+            sums.add(torch.sub(m_new, ref[tile].to(dtype), out=e).square_(), *tile, index=2)
 
+    coef = Coefficients.of(table, step, torch.float64)
     scale = reduction_scale(new.shape[1], reduction)
-    weight, kl = coef.weight[:, 0], kl_weight * coef.native_weight[:, 0].square()
-    log_ratio = -scale * (weight * ez.total() + 0.5 * weight.square() * ee.total())
+    ez, ee, *rr = sums.totals()
+    log_ratio = torch.addcmul(ez, coef.weight, ee, value=0.5).mul_(coef.weight).mul_(-scale)
     loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
+    coefficients = [slope * coef.weight]
     if ref is not None:
-        loss = loss + 0.5 * scale * kl * rr.total()
-    coefficients = torch.stack([slope * weight, kl], dim=1).mul_(scale / new.shape[0])
-    return loss.mean().to(dtype), log_ratio.to(dtype), clipped, direction, coefficients.to(dtype)
+        coefficients.append(kl_weight * coef.native_weight.square())
+        loss = loss + 0.5 * scale * coefficients[1] * rr[0]
+    gradient_scale = scale / new.shape[0]
+    return (
+        loss.mean().to(dtype),
+        log_ratio.to(dtype),
+        clipped,
+        direction,
+        torch.stack(coefficients, dim=1).mul_(gradient_scale).to(dtype),
+    )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, RowSum, affine_mean, as_rows, compute_dtype, tiles, whiten
+from .affine import Coefficients, RowSums, affine_mean, as_rows, compute_dtype, gaussian_log_prob, tiles, whiten
 from .philox import noise_tile
 
 
@@ -27,9 +27,9 @@ def sampler_step_oracle(
     if uncond_output is not None:
         uncond = uncond_output.double().flatten(1)
         m = uncond + guidance_scale * (m - uncond)
-    coef = Coefficients.of(table, step)
-    random = coef.std > 0
-    policy = Normal(coef.sample * x + coef.output * m, torch.where(random, coef.std, 1.0))
+    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step, torch.float64))
+    random = s > 0
+    policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     prev_sample = torch.where(random, policy.mean + policy.stddev * z, policy.mean)
     log_prob = torch.where(random, policy.log_prob(prev_sample), 0.0).mean(dim=1)
     return prev_sample.view_as(sample), m.view_as(sample), log_prob
@@ -57,23 +57,24 @@ def sampler_step(
     if uncond is not None:
         guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
         cond, m = m, as_rows(guided)
-    coef = Coefficients.of(table, step)
-    squares = RowSum(x, dtype)
+    coef = Coefficients.of(table, step, dtype)
+    squares = RowSums(x, dtype)
 
     for tile in tiles(x):
-        tile_coef = coef.tile(tile[0], dtype)
+        rows, _ = tile
         if uncond is not None:
             u = uncond[tile].to(dtype)
             m[tile] = (cond[tile].to(dtype) - u).mul_(guidance_scale).add_(u)
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), tile_coef)
+        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, rows)
         if z_given is not None:
             z = z_given[tile].to(dtype)
         else:
             z = noise_tile(seed, sample_index, step, table.shape[0], x.shape[1], *tile).to(dtype)
-        x_prev[tile] = (z * tile_coef.std).add_(mean)
-        z = whiten(x_prev[tile].to(dtype), mean, tile_coef)
+        x_prev[tile] = (z * coef.std[rows, None]).add_(mean)
+        z = whiten(x_prev[tile].to(dtype), mean, coef, rows)
         z_stored[tile] = z
         squares.add(z.square_(), *tile)
 
-    log_prob = coef.log_prob(squares.total(), x.shape[1], "mean")
+    std = Coefficients.of(table, step, torch.float64).std
+    log_prob = gaussian_log_prob(*squares.totals(), std, x.shape[1], "mean")
     return prev_sample, guided, stored_noise, log_prob.to(dtype)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, RowSum, affine_mean, as_rows, compute_dtype, reduction_scale, tiles, whiten
+from .affine import (
+    Coefficients,
+    RowSums,
+    affine_mean,
+    as_rows,
+    compute_dtype,
+    gaussian_log_prob,
+    reduction_scale,
+    tiles,
+    whiten,
+)
 
 
 def step_log_prob_oracle(
@@ -16,9 +26,9 @@ def step_log_prob_oracle(
 ) -> Tensor:
     """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
-    coef = Coefficients.of(table, step)
-    random = coef.std > 0
-    log_prob = Normal(coef.sample * x + coef.output * m, torch.where(random, coef.std, 1.0)).log_prob(x_prev)
+    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step, torch.float64))
+    random = s > 0
+    log_prob = Normal(a * x + b * m, torch.where(random, s, 1.0)).log_prob(x_prev)
     log_prob = torch.where(random, log_prob, 0.0)
     return log_prob.mean(dim=1) if reduction == "mean" else log_prob.sum(dim=1)
 
@@ -30,17 +40,16 @@ def step_log_prob(
     dtype = compute_dtype(model_output, sample, prev_sample)
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     m, x, x_prev, towards = (as_rows(t) for t in (model_output, sample, prev_sample, direction))
-    coef = Coefficients.of(table, step)
-    squares = RowSum(m, dtype)
+    coef = Coefficients.of(table, step, dtype)
+    squares = RowSums(m, dtype)
 
     for tile in tiles(m):
-        tile_coef = coef.tile(tile[0], dtype)
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), tile_coef)
-        z = whiten(x_prev[tile].to(dtype), mean, tile_coef)
+        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, tile[0])
+        z = whiten(x_prev[tile].to(dtype), mean, coef, tile[0])
         towards[tile] = z
         squares.add(z.square_(), *tile)
 
-    numel = m.shape[1]
-    log_prob = coef.log_prob(squares.total(), numel, reduction)
-    coefficient = reduction_scale(numel, reduction) * coef.output * coef.inverse_std
-    return log_prob.to(dtype), direction, coefficient[:, 0].to(dtype)
+    coef = Coefficients.of(table, step, torch.float64)
+    log_prob = gaussian_log_prob(*squares.totals(), coef.std, m.shape[1], reduction)
+    coefficient = reduction_scale(m.shape[1], reduction) * coef.output * coef.inverse_std
+    return log_prob.to(dtype), direction, coefficient.to(dtype)
