@@ -464,6 +464,7 @@ def _(seed, sample_index, step, num_steps, numel, impl):
 def _save_step_log_prob(ctx, inputs, output):
     _, direction, coefficient = output
     ctx.mark_non_differentiable(direction, coefficient)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(direction, coefficient)
 
 
@@ -478,6 +479,7 @@ def _save_policy_loss(ctx, inputs, output):
     model_output, ref_model_output = inputs[0], inputs[6]
     _, log_ratio, clipped, direction, coefficients = output
     ctx.mark_non_differentiable(log_ratio, clipped, direction, coefficients)
+    ctx.set_materialize_grads(False)
     # the reference model's part of the gradient is made from the inputs, which are alive anyway
     kl = () if ref_model_output is None else (model_output, ref_model_output)
     ctx.save_for_backward(direction, coefficients, *kl)
@@ -486,11 +488,11 @@ def _save_policy_loss(ctx, inputs, output):
 @once_differentiable
 def _policy_loss_backward(ctx, grad_loss, *_):
     direction, coefficients, *kl = ctx.saved_tensors
-    along, *away_from_ref = (grad_loss * coefficients).unbind(1)
-    gradient = direction * _per_row(along, direction)
+    factors = grad_loss * coefficients
+    gradient = direction * _per_row(factors[:, 0], direction)
     if kl:
         model_output, ref_model_output = (t.to(gradient.dtype) for t in kl)
-        gradient += (model_output - ref_model_output) * _per_row(*away_from_ref, direction)
+        gradient += (model_output - ref_model_output) * _per_row(factors[:, 1], direction)
     return gradient.to(direction.dtype), *[None] * 11
 
 

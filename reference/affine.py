@@ -21,7 +21,7 @@ LOG_SQRT_2PI = 0.9189385332046727
 
 
 class Coefficients(NamedTuple):
-    """The table's columns at each row's step, (rows,) each."""
+    """The table's columns at each row's step, (rows,) float64 each."""
 
     sample: Tensor  # a
     output: Tensor  # b
@@ -31,19 +31,19 @@ class Coefficients(NamedTuple):
     interval: Tensor
 
     @classmethod
-    def of(cls, table: Tensor, step: Tensor, dtype: torch.dtype) -> "Coefficients":
-        return cls(*table.index_select(0, step).to(dtype).unbind(1))
+    def of(cls, table: Tensor, step: Tensor) -> "Coefficients":
+        return cls(*table.index_select(0, step).double().unbind(1))
 
     @property
     def inverse_std(self) -> Tensor:
         """1/s, and 0 for a deterministic step."""
-        return torch.where(self.std > 0, 1 / self.std, 0.0)
+        return self.std.reciprocal().masked_fill(self.std == 0, 0.0)
 
 
 def gaussian_log_prob(sum_of_squares: Tensor, std: Tensor, numel: int, reduction: str) -> Tensor:
     """log N(x'; a x + b m, s^2) of each row from <z, z>, all float64; 0 for a deterministic step."""
     log_prob = -0.5 * sum_of_squares - numel * (std.log() + LOG_SQRT_2PI)
-    return torch.where(std > 0, reduction_scale(numel, reduction) * log_prob, 0.0)
+    return (reduction_scale(numel, reduction) * log_prob).masked_fill(std == 0, 0.0)
 
 
 def reduction_scale(numel: int, reduction: str) -> float:
@@ -60,10 +60,9 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(tensor.shape[0], -1)
 
 
-def tiles(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Row and column slices that cover a (rows, numel) tensor, each small enough for the cache; one on a GPU."""
-    rows, numel = tensor.shape
-    if tensor.device.type != "cpu":
+def tiles(rows: int, numel: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Slices that cut a (rows, numel) tensor, in order, into several rows or a part of one row; one tile on a GPU."""
+    if device.type != "cpu":
         yield slice(0, rows), slice(0, numel)
         return
     budget = CHUNK * TILE_CHUNKS_PER_THREAD * torch.get_num_threads()
@@ -73,31 +72,29 @@ def tiles(tensor: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(top, min(top + height, rows)), slice(left, min(left + width, numel))
 
 
-class RowSums:
-    """Sums of the rows of (rows, numel) tensors that arrive in tiles."""
+def chunk_sums(tile: Tensor) -> Tensor:
+    """The sums of a tile's chunks, row by row: (chunks,)."""
+    numel = tile.shape[1]
+    whole = numel // CHUNK * CHUNK
+    if whole == numel:
+        return tile.view(-1, CHUNK).sum(dim=1)
+    rest = tile[:, whole:].sum(dim=1)
+    if whole == 0:
+        return rest
+    return torch.cat([tile[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2), rest[:, None]], dim=1).flatten()
 
-    def __init__(self, like: Tensor, dtype: torch.dtype, count: int = 1):
-        rows, numel = like.shape
-        self.partials = like.new_empty((count, rows, -(-numel // CHUNK)), dtype=dtype)
 
-    def add(self, tile: Tensor, rows: slice, columns: slice, *, index: int = 0) -> None:
-        partials = self.partials[index, rows, columns.start // CHUNK :]
-        whole, rest = divmod(tile.shape[1], CHUNK)
-        if whole:
-            torch.sum(tile[:, : whole * CHUNK].unflatten(1, (whole, CHUNK)), dim=2, out=partials[:, :whole])
-        if rest:
-            torch.sum(tile[:, whole * CHUNK :], dim=1, out=partials[:, whole])
-
-    def totals(self) -> tuple[Tensor, ...]:
-        """(rows,) float64 each."""
-        return self.partials.double().sum(dim=2).unbind(0)
+def row_sums(sums_of_tiles: list[Tensor], rows: int) -> Tensor:
+    """(rows,) float64 from the chunk sums of all tiles."""
+    return torch.cat(sums_of_tiles).view(rows, -1).double().sum(dim=1)
 
 
 def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients, rows: slice) -> Tensor:
     """a x + b m of one tile."""
-    return (sample * coef.sample[rows, None]).add_(model_output * coef.output[rows, None])
+    a, b = (c[rows, None].to(sample.dtype) for c in (coef.sample, coef.output))
+    return (sample * a).add_(model_output * b)
 
 
 def whiten(prev_sample: Tensor, mean: Tensor, coef: Coefficients, rows: slice) -> Tensor:
     """z = (x' - a x - b m)/s of one tile, written over `mean`; 0 for a deterministic step."""
-    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std[rows, None])
+    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std[rows, None].to(mean.dtype))

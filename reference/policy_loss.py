@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, RowSums, as_rows, compute_dtype, reduction_scale, tiles
+from .affine import Coefficients, as_rows, chunk_sums, compute_dtype, reduction_scale, row_sums, tiles
 
 
 def policy_loss_oracle(
@@ -37,7 +37,7 @@ def policy_loss_oracle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
-    coef = Coefficients.of(table, step, torch.float64)
+    coef = Coefficients.of(table, step)
     weight = coef.weight[:, None]
     advantages = advantages.double()
     reduce = torch.mean if reduction == "mean" else torch.sum
@@ -65,16 +65,16 @@ def policy_loss_oracle(
 def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(0, xi |A| - A log rho): loss, its derivative by L = -log rho, clipped."""
     clipped = advantages.sign() * log_ratio >= clip_range
-    loss = torch.where(clipped, 0.0, clip_range * advantages.abs() - advantages * log_ratio)
-    return loss, torch.where(clipped, 0.0, advantages), clipped
+    loss = advantages.abs().mul_(clip_range).sub_(advantages * log_ratio)
+    return loss.masked_fill_(clipped, 0.0), advantages.masked_fill(clipped, 0.0), clipped
 
 
 def ppo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)): loss, its derivative by L = -log rho, clipped."""
     highest, lowest = math.log1p(clip_range), math.log1p(-clip_range) if clip_range < 1 else -math.inf
     clipped = ((advantages > 0) & (log_ratio > highest)) | ((advantages < 0) & (log_ratio < lowest))
-    surrogate = advantages * log_ratio.clamp(lowest, highest).where(clipped, log_ratio).exp()
-    return -surrogate, torch.where(clipped, 0.0, surrogate), clipped
+    surrogate = advantages * torch.where(clipped, log_ratio.clamp(lowest, highest), log_ratio).exp()
+    return -surrogate, surrogate.masked_fill(clipped, 0.0), clipped
 
 
 OBJECTIVES = {"pcpo": pcpo, "ppo": ppo}
@@ -99,35 +99,34 @@ def policy_loss(
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     new, old, z, towards = (as_rows(t) for t in (model_output, old_model_output, noise, direction))
     ref = None if ref_model_output is None else as_rows(ref_model_output)
-    weight = Coefficients.of(table, step, dtype).weight[:, None]
-    sums = RowSums(new, dtype, count=2 if ref is None else 3)
+    rows, numel = new.shape
+    coef = Coefficients.of(table, step)
+    weight = coef.weight.to(dtype)[:, None]
+    ez, ee, rr = [], [], []
 
-    for tile in tiles(new):
+    for tile in tiles(rows, numel, new.device):
         m_new, noise_tile = new[tile].to(dtype), z[tile].to(dtype)
         e = m_new - old[tile].to(dtype)
         scratch = towards[tile] if towards.dtype == dtype else torch.empty_like(e)
-        sums.add(torch.mul(e, noise_tile, out=scratch), *tile, index=0)
-        sums.add(torch.mul(e, e, out=scratch), *tile, index=1)
+        ez.append(chunk_sums(torch.mul(e, noise_tile, out=scratch)))
+        ee.append(chunk_sums(torch.mul(e, e, out=scratch)))
         torch.mul(e, weight[tile[0]], out=scratch).add_(noise_tile)
         if towards.dtype != dtype:
             towards[tile] = scratch
         if ref is not None:
-            sums.add(torch.sub(m_new, ref[tile].to(dtype), out=e).square_(), *tile, index=2)
+            rr.append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
 
-    coef = Coefficients.of(table, step, torch.float64)
-    scale = reduction_scale(new.shape[1], reduction)
-    ez, ee, *rr = sums.totals()
-    log_ratio = torch.addcmul(ez, coef.weight, ee, value=0.5).mul_(coef.weight).mul_(-scale)
+    scale = reduction_scale(numel, reduction)
+    log_ratio = torch.addcmul(row_sums(ez, rows), coef.weight, row_sums(ee, rows), value=0.5).mul_(-scale * coef.weight)
     loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
     coefficients = [slope * coef.weight]
     if ref is not None:
         coefficients.append(kl_weight * coef.native_weight.square())
-        loss = loss + 0.5 * scale * coefficients[1] * rr[0]
-    gradient_scale = scale / new.shape[0]
+        loss = loss + 0.5 * scale * coefficients[1] * row_sums(rr, rows)
     return (
         loss.mean().to(dtype),
         log_ratio.to(dtype),
         clipped,
         direction,
-        torch.stack(coefficients, dim=1).mul_(gradient_scale).to(dtype),
+        torch.stack(coefficients, dim=1).mul_(scale / rows).to(dtype),
     )

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, RowSums, affine_mean, as_rows, compute_dtype, gaussian_log_prob, tiles, whiten
+from .affine import (
+    Coefficients,
+    affine_mean,
+    as_rows,
+    chunk_sums,
+    compute_dtype,
+    gaussian_log_prob,
+    row_sums,
+    tiles,
+    whiten,
+)
 from .philox import noise_tile
 
 
@@ -27,7 +37,7 @@ def sampler_step_oracle(
     if uncond_output is not None:
         uncond = uncond_output.double().flatten(1)
         m = uncond + guidance_scale * (m - uncond)
-    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step, torch.float64))
+    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step))
     random = s > 0
     policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     prev_sample = torch.where(random, policy.mean + policy.stddev * z, policy.mean)
@@ -57,24 +67,24 @@ def sampler_step(
     if uncond is not None:
         guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
         cond, m = m, as_rows(guided)
-    coef = Coefficients.of(table, step, dtype)
-    squares = RowSums(x, dtype)
+    rows, numel = x.shape
+    coef = Coefficients.of(table, step)
+    std = coef.std.to(dtype)[:, None]
+    squares = []
 
-    for tile in tiles(x):
-        rows, _ = tile
+    for tile in tiles(rows, numel, x.device):
         if uncond is not None:
             u = uncond[tile].to(dtype)
             m[tile] = (cond[tile].to(dtype) - u).mul_(guidance_scale).add_(u)
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, rows)
+        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, tile[0])
         if z_given is not None:
             z = z_given[tile].to(dtype)
         else:
-            z = noise_tile(seed, sample_index, step, table.shape[0], x.shape[1], *tile).to(dtype)
-        x_prev[tile] = (z * coef.std[rows, None]).add_(mean)
-        z = whiten(x_prev[tile].to(dtype), mean, coef, rows)
+            z = noise_tile(seed, sample_index, step, table.shape[0], numel, *tile).to(dtype)
+        x_prev[tile] = (z * std[tile[0]]).add_(mean)
+        z = whiten(x_prev[tile].to(dtype), mean, coef, tile[0])
         z_stored[tile] = z
-        squares.add(z.square_(), *tile)
+        squares.append(chunk_sums(z.square_()))
 
-    std = Coefficients.of(table, step, torch.float64).std
-    log_prob = gaussian_log_prob(*squares.totals(), std, x.shape[1], "mean")
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, "mean")
     return prev_sample, guided, stored_noise, log_prob.to(dtype)

@@ -10,12 +10,13 @@ from torch.distributions import Normal
 
 from .affine import (
     Coefficients,
-    RowSums,
     affine_mean,
     as_rows,
+    chunk_sums,
     compute_dtype,
     gaussian_log_prob,
     reduction_scale,
+    row_sums,
     tiles,
     whiten,
 )
@@ -26,7 +27,7 @@ def step_log_prob_oracle(
 ) -> Tensor:
     """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
-    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step, torch.float64))
+    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step))
     random = s > 0
     log_prob = Normal(a * x + b * m, torch.where(random, s, 1.0)).log_prob(x_prev)
     log_prob = torch.where(random, log_prob, 0.0)
@@ -40,16 +41,16 @@ def step_log_prob(
     dtype = compute_dtype(model_output, sample, prev_sample)
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     m, x, x_prev, towards = (as_rows(t) for t in (model_output, sample, prev_sample, direction))
-    coef = Coefficients.of(table, step, dtype)
-    squares = RowSums(m, dtype)
+    rows, numel = m.shape
+    coef = Coefficients.of(table, step)
+    squares = []
 
-    for tile in tiles(m):
+    for tile in tiles(rows, numel, m.device):
         mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, tile[0])
         z = whiten(x_prev[tile].to(dtype), mean, coef, tile[0])
         towards[tile] = z
-        squares.add(z.square_(), *tile)
+        squares.append(chunk_sums(z.square_()))
 
-    coef = Coefficients.of(table, step, torch.float64)
-    log_prob = gaussian_log_prob(*squares.totals(), coef.std, m.shape[1], reduction)
-    coefficient = reduction_scale(m.shape[1], reduction) * coef.output * coef.inverse_std
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, reduction)
+    coefficient = reduction_scale(numel, reduction) * coef.output * coef.inverse_std
     return log_prob.to(dtype), direction, coefficient.to(dtype)
