@@ -1,0 +1,44 @@
+"""The affine Gaussian step x' = a x + b m + s z as the kernels see it: its table, its mean and its whitening.
+
+The multiply-adds are written out, because a compiler that contracts them differently in two kernels would give two
+values for the log-probability of one step.
+"""
+
+import triton
+import triton.language as tl
+
+# the columns of a table row
+SAMPLE_COEF = tl.constexpr(0)
+OUTPUT_COEF = tl.constexpr(1)
+STD = tl.constexpr(2)
+WEIGHT = tl.constexpr(3)
+NATIVE_WEIGHT = tl.constexpr(4)
+INTERVAL = tl.constexpr(5)
+COLUMNS = tl.constexpr(6)
+
+LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def coefficient(table_ptr, step_ptr, row, COLUMN: tl.constexpr):
+    """One table entry at the row's step."""
+    return tl.load(table_ptr + tl.load(step_ptr + row) * COLUMNS + COLUMN)
+
+
+@triton.jit
+def inverse(std):
+    """1/s, and 0 for a deterministic step."""
+    return tl.where(std > 0, tl.div_rn(1.0, std), 0.0)
+
+
+@triton.jit
+def affine_mean(x, m, a, b):
+    """a x + b m."""
+    return tl.fma(a, x, b * m)
+
+
+@triton.jit
+def log_prob(squares_sum, std, numel, scale):
+    """log N(x'; a x + b m, s^2) from <z, z>, times `scale`; 0 for a deterministic step."""
+    log_scale = tl.log(tl.where(std > 0, std, 1.0)) + LOG_SQRT_2PI
+    return tl.where(std > 0, -scale * (0.5 * squares_sum + numel * log_scale), 0.0)
