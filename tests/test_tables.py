@@ -422,6 +422,26 @@ def test_variances_never_exceed_what_the_mean_needs(schedule, eta, prediction_ty
         assert bool(torch.isfinite(getattr(table, name)).all())
 
 
+def test_a_std_on_its_bound_survives_rounding():
+    """All of x' is noise, d = 0, at the plus root for w* = c1 / b0 and at eta = 1 with zero terminal SNR."""
+    for ap in np.linspace(0.01, 0.99, 200):
+        at = 0.7 * ap
+        target = math.sqrt((1 - at) * ap / at) / math.sqrt(1 - ap)
+        table = ddim_table(
+            torch.tensor([at], dtype=torch.float64),
+            torch.tensor([0]),
+            final_alpha_cumprod=ap,
+            credit="published",
+            target_weight=target,
+        )
+        terminal = ddim_table(
+            torch.tensor([ap, 0.0], dtype=torch.float64), torch.tensor([1, 0]), prediction_type="v_prediction"
+        )
+        for first in (table, terminal):
+            assert bool(torch.isfinite(first.rows).all())
+            assert float(first.std[0]) == pytest.approx(math.sqrt(1 - ap), rel=1e-7)
+
+
 @property_test
 @given(schedules(), etas, prediction_types, st.sampled_from(CREDITS), target_factors)
 def test_a_perfect_denoiser_reaches_the_right_marginals(schedule, eta, prediction_type, credit, factor):
