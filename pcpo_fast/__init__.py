@@ -1,1 +1,18 @@
-"""pcpo-fast: the fast, exact core for aligning image diffusion and flow models with policy gradients."""
+"""pcpo-fast: the fast, exact core for aligning image diffusion and flow models with policy gradients.
+
+Importing it needs torch and numpy alone; Triton, diffusers and the rest load when they are first used.
+"""
+
+from .ops import PolicyLoss, SamplerStep, policy_loss, sample_noise, sampler_step, step_log_prob
+from .tables import StepTable, ddim_table
+
+__all__ = [
+    "PolicyLoss",
+    "SamplerStep",
+    "StepTable",
+    "ddim_table",
+    "policy_loss",
+    "sample_noise",
+    "sampler_step",
+    "step_log_prob",
+]

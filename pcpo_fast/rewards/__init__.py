@@ -1,0 +1,90 @@
+"""Rewards: functions of (images, prompts) to one score per image, found by name or as `module:function`.
+
+images: float tensor (N, 3, H, W) in [0, 1]; prompts: N strings; the result: (N,) numbers, higher is better. A score
+that is not finite marks an image that could not be scored: the trainer leaves it out and counts it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+
+REWARDS = {
+    "digit_alignment": "pcpo_fast.rewards.digits:alignment",
+    "digit_accuracy": "pcpo_fast.rewards.digits:accuracy",
+    "jpeg_compressibility": "pcpo_fast.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:incompressibility",
+}
+
+
+class RewardSet:
+    """Several rewards and their weighted sum.
+
+    Args:
+        specs: each `name`, `module:function`, or one of them with `=weight` behind it; the weight is 1 otherwise.
+
+    Raises:
+        ValueError: for a name that is not known, a module or function that is not there, a weight that is no number,
+            or a reward named twice.
+    """
+
+    def __init__(self, specs: Sequence[str]) -> None:
+        self.rewards: dict[str, tuple[Reward, float]] = {}
+        for spec in specs:
+            name, _, weight = spec.partition("=")
+            if name in self.rewards:
+                raise ValueError(f"the reward {name!r} is named twice; give it once, with the weight you want")
+            self.rewards[name] = (_find(name), _weight(spec, weight))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, float32 (N,) on the CPU, and each reward's own scores by name.
+
+        Raises:
+            ValueError: if a reward does not return one number per image; it names the reward.
+        """
+        scores = {}
+        for name, (reward, _) in self.rewards.items():
+            score = torch.as_tensor(reward(images, prompts)).detach().to("cpu", torch.float32)
+            if score.shape != (len(prompts),):
+                raise ValueError(
+                    f"the reward {name!r} returned shape {tuple(score.shape)} for {len(prompts)} images; it must "
+                    "return one number per image"
+                )
+            scores[name] = score
+        total = torch.zeros(len(prompts))
+        for name, (_, weight) in self.rewards.items():
+            total += weight * scores[name]
+        return total, scores
+
+
+def _find(name: str) -> Reward:
+    module_name, separator, function_name = REWARDS.get(name, name).partition(":")
+    if not separator:
+        raise ValueError(
+            f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the reward {name!r} needs the module {error.name!r}, which cannot be imported; install it, or run from "
+            "the folder that holds it"
+        ) from error
+    reward: Reward | None = getattr(module, function_name, None)
+    if reward is None or not callable(reward):
+        raise ValueError(f"the reward {name!r} is not there: module {module_name} has no function {function_name!r}")
+    return reward
+
+
+def _weight(spec: str, weight: str) -> float:
+    if not weight and "=" not in spec:
+        return 1.0
+    try:
+        return float(weight)
+    except ValueError:
+        raise ValueError(f"the reward {spec!r} has no number behind '='; write name=0.5, say") from None

@@ -1,0 +1,141 @@
+"""Checkpoints: complete, and either whole or not there at all.
+
+A checkpoint is a folder `epoch-000012` with the trained weights (as diffusers reads them), the optimiser's tensors, the
+random states and the rest of the state. It is written under another name, flushed to the disk and then renamed, which a
+file system does at once or not at all: whatever moment a run is killed at, the newest folder of that name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pcpo_fast.policies import StableDiffusionPolicy
+
+
+class Checkpoints:
+    """The checkpoints of a run folder; the newest `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        # what a killed run left unfinished
+        for partial in folder.glob("*.partial"):
+            shutil.rmtree(partial)
+
+    def latest(self) -> Path | None:
+        """The newest whole checkpoint, or None."""
+        return self._all()[-1] if self._all() else None
+
+    @staticmethod
+    def epoch_of(path: Path) -> int:
+        """The number of epochs after which the checkpoint `path` was written."""
+        return int(path.name.removeprefix("epoch-"))
+
+    def _all(self) -> list[Path]:
+        return sorted(self.folder.glob("epoch-" + "[0-9]" * 6))
+
+    def save(
+        self,
+        epoch: int,
+        policy: StableDiffusionPolicy,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        random_state: dict[str, Any],
+    ) -> Path:
+        """Writes the state after `epoch` epochs; `state` is JSON-able. Returns the folder."""
+        from safetensors.torch import save_file
+
+        target = self.folder / f"epoch-{epoch:06d}"
+        partial = target.with_suffix(".partial")
+        partial.mkdir(parents=True)
+        policy.save(partial / "weights")
+        optimizer_state = optimizer.state_dict()
+        tensors = {
+            f"{index}.{name}": value
+            for index, values in optimizer_state["state"].items()
+            for name, value in values.items()
+        }
+        save_file(tensors, partial / "optimizer.safetensors")
+        save_file(random_state["torch"], partial / "random.safetensors")
+        rest = {
+            "epoch": epoch,
+            "param_groups": optimizer_state["param_groups"],
+            "python_random": random_state["python"],
+            "numpy_random": random_state["numpy"],
+            **state,
+        }
+        (partial / "state.json").write_text(json.dumps(rest) + "\n", encoding="utf-8")
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        os.replace(partial, target)
+        _flush(self.folder)
+        for old in self._all()[: -self.keep]:
+            # renamed first: a deletion that is cut off must not leave half a checkpoint under a checkpoint's name
+            doomed = old.with_suffix(".partial")
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+        return target
+
+    def load(self, path: Path, policy: StableDiffusionPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restores weights, optimiser and random states from `path`; returns the JSON part, with "epoch"."""
+        from safetensors.torch import load_file
+
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        policy.load(path / "weights")
+        per_parameter: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(path / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            per_parameter.setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
+        set_random_state(
+            {
+                "torch": load_file(path / "random.safetensors"),
+                "python": state["python_random"],
+                "numpy": state["numpy_random"],
+            }
+        )
+        return state
+
+
+def get_random_state() -> dict[str, Any]:
+    """The global random states of PyTorch (tensors by device), Python and NumPy (JSON-able)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, *rest = np.random.get_state()
+    return {"torch": states, "python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest]}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `get_random_state` returned, also after a round through JSON and safetensors."""
+    for device, tensor in state["torch"].items():
+        if device == "cpu":
+            torch.set_rng_state(tensor)
+        elif torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(tensor, device)
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces the file `path` at once: a reader, or a run that is killed here, finds the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    _flush(partial)
+    os.replace(partial, path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""Settings of a run: one flat dataclass, presets, and what is refused before any work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pcpo_fast.tables import Credit
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclasses.dataclass
+class Config:
+    """Align a text-to-image diffusion pipeline with PCPO, or with DDPO by --objective ppo --credit native."""
+
+    # model
+    model: str = "digits"
+    """Diffusers StableDiffusionPipeline: a local folder, a hub name, or "digits" for the embedded one."""
+    tuning: Literal["lora", "full"] = "lora"
+    """Train LoRA adapters on the UNet's attention, or all of the UNet."""
+    lora_rank: int = 4
+    """Rank of the LoRA adapters."""
+    lora_alpha: int = 4
+    """LoRA scale numerator; the adapter is multiplied by lora_alpha / lora_rank."""
+    lora_target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Names of the UNet's layers that get an adapter."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the denoiser and of the stored model outputs; trained weights and latents stay in fp32."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention backend of the UNet."""
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+
+    # sampling
+    resolution: int | None = None
+    """Height and width of the images in pixels; none means the model's own."""
+    num_inference_steps: int = 20
+    """Sampler steps per image."""
+    eta: float = 1.0
+    """DDIM noise level; 1 has the DDPM variance."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, at rollout and in training; 1 turns it off."""
+
+    # algorithm
+    objective: Literal["pcpo", "ppo"] = "pcpo"
+    """Policy loss: PCPO's log-hinge, or the clipped ratio of PPO, DDPO and GRPO."""
+    credit: Credit = "proportionate"
+    """How the steps share the credit: native is the sampler's own, as in DDPO; proportionate is PCPO's."""
+    target_weight: float | None = None
+    """Credit wanted at every step; none means the mean of the native ones."""
+    clip_range: float = 1e-4
+    """Clip range of the ratio (ppo) or of the log-ratio (pcpo), on means over the latent's elements."""
+    advantage: Literal["group", "prompt", "batch"] = "group"
+    """What a reward is compared with: its group's, its prompt's recent ones, or all of the epoch's."""
+    advantage_clip: float = 5.0
+    """Largest absolute advantage."""
+    prompt_buffer_size: int = 16
+    """Recent rewards kept per prompt (advantage prompt)."""
+    prompt_buffer_min: int = 16
+    """Rewards a prompt needs before its own statistics are used rather than the epoch's (advantage prompt)."""
+
+    # data and rewards
+    prompts: str = "digits"
+    """Training prompts: a text file, one a line, or a built-in list: "digits" or "animals"."""
+    rewards: tuple[str, ...] = ("digit_alignment",)
+    """Rewards to train on, each a name or module:function, with =weight behind it where it is not 1."""
+    eval_rewards: tuple[str, ...] = ("digit_accuracy",)
+    """Scores that are only ever measured, never trained on."""
+
+    # loop
+    epochs: int = 10
+    """Epochs; each samples images, scores them and updates the policy."""
+    prompts_per_epoch: int = 8
+    """Prompts drawn per epoch."""
+    group_size: int = 16
+    """Images per prompt and epoch."""
+    inner_epochs: int = 1
+    """Passes over an epoch's images."""
+    timestep_fraction: float = 1.0
+    """Share of each image's steps that is trained, drawn anew for every image and pass."""
+    micro_batch_size: int = 32
+    """Rows (one image at one step) per call of the denoiser, in sampling and in training alike."""
+    gradient_accumulation_steps: int = 10
+    """Micro-batches per optimiser step."""
+
+    # optimiser
+    learning_rate: float | None = None
+    """AdamW learning rate; none means 3e-4 for LoRA and 1e-5 for full tuning."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay."""
+    adam_beta2: float = 0.999
+    """AdamW's second decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+
+    # run
+    seed: int = 0
+    """Seed of everything: noise, prompts, row order, adapter initialisation."""
+    output_dir: str | None = None
+    """Run folder; none means the first free one of runs/<preset>, runs/<preset>-2, ..."""
+    resume: bool = False
+    """Continue the run in output_dir from its last checkpoint, with its saved settings."""
+    checkpoint_every: int = 1
+    """Epochs between checkpoints; the last epoch always has one."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    eval_every: int = 5
+    """Epochs between evaluations; the first and the last state are always evaluated, 0 means only these."""
+    eval_samples: int = 200
+    """Images per evaluation, with the same seeds each time."""
+
+    def resolved(self) -> Config:
+        """A copy with the defaults that depend on other settings filled in.
+
+        Raises:
+            ValueError: for values that cannot be run, saying what was given, what is accepted and what to change.
+        """
+        config = dataclasses.replace(self)
+        if config.learning_rate is None:
+            config.learning_rate = 3e-4 if config.tuning == "lora" else 1e-5
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        positive = (
+            "lora_rank lora_alpha num_inference_steps clip_range advantage_clip prompt_buffer_size prompt_buffer_min "
+            "epochs prompts_per_epoch group_size inner_epochs micro_batch_size gradient_accumulation_steps "
+            "learning_rate max_grad_norm checkpoint_every keep_checkpoints eval_samples adam_epsilon"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{_flag(name)} {value} must be a finite number above 0")
+        for name in ("eta", "weight_decay", "eval_every", "seed"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{_flag(name)} {value} must be a finite number, 0 or above")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie in [0, 1)")
+        if not 1 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"--guidance-scale {self.guidance_scale} must be at least 1 (1 means no guidance)")
+        if not 0 < self.timestep_fraction <= 1:
+            raise ValueError(f"--timestep-fraction {self.timestep_fraction} must lie in (0, 1]")
+        if self.seed >= 2**62:
+            raise ValueError(f"--seed {self.seed} must be below 2^62")
+        if self.advantage == "group" and self.group_size < 2:
+            raise ValueError(
+                f"--advantage group compares the images of one prompt and --group-size is {self.group_size}: give a "
+                "group size of at least 2, or choose --advantage prompt or batch"
+            )
+        if self.prompt_buffer_min > self.prompt_buffer_size:
+            raise ValueError(
+                f"--prompt-buffer-min {self.prompt_buffer_min} is never reached with --prompt-buffer-size "
+                f"{self.prompt_buffer_size}; lower the one or raise the other"
+            )
+        samples = self.prompts_per_epoch * self.group_size
+        if samples % self.micro_batch_size:
+            raise ValueError(
+                f"--prompts-per-epoch {self.prompts_per_epoch} x --group-size {self.group_size} = {samples} images do "
+                f"not divide into micro-batches of --micro-batch-size {self.micro_batch_size}; sampling and training "
+                "use one shape so that the first ratio is exactly 1: choose a divisor of "
+                f"{samples}, or other batch settings"
+            )
+        if not self.rewards:
+            raise ValueError("--rewards is empty; name at least one reward")
+        if self.resume and self.output_dir is None:
+            raise ValueError("--resume needs --output-dir, the folder of the run to continue")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.prompts_per_epoch * self.group_size
+
+
+PRESETS: dict[str, Config] = {
+    "digits": Config(),
+    "sd15": Config(
+        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        lora_rank=16,
+        lora_alpha=16,
+        dtype="bf16",
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        prompts="animals",
+        rewards=("jpeg_compressibility",),
+        eval_rewards=(),
+        epochs=100,
+        prompts_per_epoch=8,
+        group_size=16,
+        micro_batch_size=8,
+        gradient_accumulation_steps=100,
+        eval_every=10,
+        eval_samples=32,
+    ),
+}
+
+
+def load_prompts(prompts: str) -> list[str]:
+    """The prompts of a built-in list ("digits", "animals") or of a text file, one a line; blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such list or file.
+        ValueError: if it holds no prompt.
+    """
+    built_in = ASSETS / f"{prompts}_prompts.txt"
+    path = built_in if built_in.is_file() else Path(prompts)
+    if not path.is_file():
+        names = sorted(file.name.removesuffix("_prompts.txt") for file in ASSETS.glob("*_prompts.txt"))
+        raise FileNotFoundError(
+            f"--prompts {prompts!r} is no file and no built-in list; give a text file with one prompt a line, or one "
+            f"of {', '.join(names)}"
+        )
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"the prompt file {path} is empty; write one prompt a line")
+    return lines
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Settings from a JSON file as `to_json` writes it; it may name only some of them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a JSON object, or names a setting that does not exist.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the config file {path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the config file {path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the config file {path} must hold a JSON object of settings")
+    known = {field.name: field for field in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"the config file {path} names unknown settings: {', '.join(unknown)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def to_json(config: Config) -> str:
+    """Every setting as JSON, to be read back with `--config`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,342 @@
+"""The loop: prompts -> rollout -> rewards -> advantages -> update.
+
+Each epoch samples `prompts_per_epoch * group_size` images with the current policy, scores them, turns the scores into
+advantages, and takes the (image, step) pairs of all trained steps as rows: shuffled together, cut into micro-batches of
+one fixed shape, each row pushed towards or away from the step it took (`policy_loss`). With objective "pcpo" and credit
+"proportionate" this is PCPO (Lee and Ye, arXiv 2509.25774); with "ppo" and "native" it is DDPO (Black et al., arXiv
+2305.13301, the importance-sampled estimator). There is no value function, no reward model inside, and one process.
+
+All randomness of the loop is a function of the seed and of where in the run it is drawn (Philox for noise, a generator
+keyed by the epoch for prompts and row order), so a run that was cut off continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pcpo_fast.advantages import Advantages
+from pcpo_fast.checkpoint import Checkpoints, get_random_state
+from pcpo_fast.config import Config, load_prompts
+from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
+from pcpo_fast.ops import PolicyLoss, policy_loss
+from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rollout import Interrupted, Trajectory, rollout
+from pcpo_fast.tables import StepTable, ddim_table
+
+# evaluation draws its noise from global sample indices that no training run reaches
+EVAL_FIRST_INDEX = 2**36
+GRID_COLUMNS, GRID_ROWS = 10, 4
+
+
+class Trainer:
+    """A run: the policy, its sampler, its rewards and the state that checkpoints hold.
+
+    Args:
+        config: resolved settings.
+        policy: the model to align.
+        folder: the run folder.
+
+    Raises:
+        ValueError, FileNotFoundError: for anything that would fail later: prompts, rewards, scheduler, credit, resume.
+    """
+
+    def __init__(self, config: Config, policy: StableDiffusionPolicy, folder: Path) -> None:
+        self.config, self.policy, self.folder = config, policy, folder
+        self.prompts = load_prompts(config.prompts)
+        self.rewards = RewardSet(config.rewards)
+        self.eval_rewards = RewardSet([name for name in config.eval_rewards if name not in self.rewards.rewards])
+        scheduler, steps = policy.pipeline.scheduler, config.num_inference_steps
+        table = ddim_table.from_scheduler(
+            scheduler, steps, eta=config.eta, credit=config.credit, target_weight=config.target_weight
+        )
+        eval_table = ddim_table.from_scheduler(scheduler, steps, eta=config.eta)
+        # runs with different credits are evaluated with one sampler, the one that users of the model have
+        self.table, self.eval_table = table.to(policy.device), eval_table.to(policy.device)
+        self.trained_steps = self.table.trainable.nonzero().squeeze(1).cpu()
+        if len(self.trained_steps) == 0:
+            raise ValueError(f"--eta {config.eta} makes every step deterministic, so there is nothing to train; use 1")
+        self.optimizer = torch.optim.AdamW(
+            policy.trainable_parameters(),
+            lr=config.learning_rate or 0.0,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
+        self.advantages = Advantages(
+            config.advantage, config.advantage_clip, config.prompt_buffer_size, config.prompt_buffer_min
+        )
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+        self.epoch = 0
+        latest = self.checkpoints.latest() if config.resume else None
+        if latest is not None:
+            state = self.checkpoints.load(latest, policy, self.optimizer)
+            self.epoch = state["epoch"]
+            self.advantages.load_state_dict(state["advantages"])
+            self.scaler.load_state_dict(state["scaler"])
+        self.metrics = Metrics(folder, resume_epoch=None if latest is None else self.epoch)
+
+    def train(self) -> int | None:
+        """Runs the epochs that are left. Returns the signal that ended the run early, or None."""
+        config = self.config
+        with Signals() as signals, tqdm(total=config.epochs, initial=self.epoch, desc="epochs", unit="epoch") as bar:
+            random_state = get_random_state()
+            try:
+                if not self.metrics.records:
+                    self.metrics.write({"epoch": 0, **self.evaluate("before", signals)})
+                while self.epoch < config.epochs and not signals.received:
+                    random_state = get_random_state()
+                    record = self.run_epoch(signals)
+                    self.epoch += 1
+                    last = self.epoch == config.epochs
+                    if last or (config.eval_every and self.epoch % config.eval_every == 0):
+                        record |= self.evaluate("after")
+                    self.metrics.write(record)
+                    if last or signals.received or self.epoch % config.checkpoint_every == 0:
+                        self._save(get_random_state())
+                    self._draw_curves()
+                    bar.update()
+                    bar.set_postfix(
+                        reward=f"{record['reward/mean']:.3f}", clipped=f"{record['update/clip_fraction']:.2f}"
+                    )
+            except Interrupted:
+                # the interrupted epoch has updated nothing yet; a resumed run begins it anew
+                self._save(random_state)
+        self.metrics.close()
+        return signals.received
+
+    def run_epoch(self, signals: Signals) -> Record:
+        """One epoch; raises Interrupted if a signal arrives before its update has begun."""
+        config, number, started = self.config, self.epoch + 1, time.perf_counter()
+        # distinct for every (seed, epoch) that a run can have
+        generator = torch.Generator().manual_seed((config.seed * 0x9E3779B97F4A7C15 + number) % 2**63)
+        prompts = self._draw_prompts(generator)
+        trajectory = self._rollout(prompts, self.table, self.epoch * config.samples_per_epoch, signals)
+        sampled = time.perf_counter()
+
+        rewards, scores = self.rewards(self.policy.decode(trajectory.latents), prompts)
+        finite = rewards.isfinite()
+        if not finite.any():
+            raise ValueError(
+                f"every reward of epoch {number} is NaN or infinite ({', '.join(self.rewards.rewards)}); look at the "
+                f"reward, or at the images: the policy may have diverged (--learning-rate {config.learning_rate})"
+            )
+        advantages = self.advantages(rewards, prompts, config.group_size).to(self.policy.device)
+        scored = time.perf_counter()
+
+        update = self.update(trajectory, advantages, generator)
+        done = time.perf_counter()
+        return {
+            "epoch": number,
+            "reward/mean": rewards[finite].mean().item(),
+            "reward/std": rewards[finite].std(correction=0).item(),
+            "reward/not_finite": int((~finite).sum()),
+            **{f"reward/{name}": _finite_mean(score) for name, score in scores.items()},
+            **update,
+            "time/rollout": sampled - started,
+            "time/reward": scored - sampled,
+            "time/update": done - scored,
+            "time/images_per_second": len(prompts) / (done - started),
+        }
+
+    def update(self, trajectory: Trajectory, advantages: Tensor, generator: torch.Generator) -> Record:
+        """Passes over the rows of a trajectory, with an optimiser step per group of micro-batches."""
+        config, parameters = self.config, self.policy.trainable_parameters()
+        seen: list[tuple[Tensor, PolicyLoss]] = []
+        norms: list[float] = []
+        # micro-batches before the first optimiser step: there the policy is still the one that sampled
+        on_policy = skipped = 0
+        for _ in range(config.inner_epochs):
+            micro_batches = list(self.micro_batches(len(advantages), generator))
+            starts = range(0, len(micro_batches), config.gradient_accumulation_steps)
+            for start in tqdm(starts, desc="update", leave=False, disable=None):
+                group = micro_batches[start : start + config.gradient_accumulation_steps]
+                for sample, step in group:
+                    result = self.loss(trajectory, advantages, sample, step)
+                    self.scaler.scale(result.loss / len(group)).backward()
+                    seen.append((step, result._replace(loss=result.loss.detach())))
+                on_policy = on_policy or len(group)
+                self.scaler.unscale_(self.optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+                # the one wait for the GPU per optimiser step: a gradient that is not finite must not reach the weights
+                if math.isfinite(norm):
+                    self.scaler.step(self.optimizer)
+                    norms.append(norm)
+                else:
+                    skipped += 1
+                self.scaler.update()
+                self.optimizer.zero_grad()
+        record = self._summary(seen, on_policy)
+        record["update/grad_norm"] = sum(norms) / len(norms) if norms else None
+        record["update/skipped_steps"] = skipped
+        return record
+
+    def micro_batches(self, samples: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of one pass, shuffled across samples and steps, as (sample index, step index) per micro-batch."""
+        count = max(1, round(self.config.timestep_fraction * len(self.trained_steps)))
+        chosen = torch.rand(samples, len(self.trained_steps), generator=generator).argsort(dim=1)[:, :count]
+        step = self.trained_steps[chosen].flatten()
+        sample = torch.arange(samples).repeat_interleave(count)
+        order = torch.randperm(samples * count, generator=generator)
+        for rows in order.split(self.config.micro_batch_size):
+            yield sample[rows].to(self.policy.device), step[rows].to(self.policy.device)
+
+    def loss(self, trajectory: Trajectory, advantages: Tensor, sample: Tensor, step: Tensor) -> PolicyLoss:
+        """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
+        output = self.policy.predict(
+            trajectory.samples[sample, step], self.table.timesteps[step], trajectory.conditioning[sample]
+        )
+        return policy_loss(
+            output,
+            trajectory.model_outputs[sample, step],
+            trajectory.noise[sample, step],
+            self.table,
+            step,
+            advantages[sample],
+            objective=self.config.objective,
+            clip_range=self.config.clip_range,
+        )
+
+    def evaluate(self, name: str, signals: Signals | None = None) -> Record:
+        """Scores images of the prompts in turn, with the same seeds every time, and saves some as samples_<name>.png.
+
+        Not to be interrupted without `signals`.
+        """
+        prompts = [self.prompts[index % len(self.prompts)] for index in range(self.config.eval_samples)]
+        latents = self._rollout(prompts, self.eval_table, EVAL_FIRST_INDEX, signals, record=False).latents
+        images = self.policy.decode(latents)
+        total, scores = self.rewards(images, prompts)
+        _, eval_scores = self.eval_rewards(images, prompts)
+        shown = _grid(min(len(images), len(self.prompts)))
+        save_grid(images[shown], self.folder / f"samples_{name}.png", GRID_COLUMNS)
+        means = {f"eval/{key}": _finite_mean(score) for key, score in (scores | eval_scores).items()}
+        return {"eval/reward": _finite_mean(total), **means}
+
+    def _draw_prompts(self, generator: torch.Generator) -> list[str]:
+        """This epoch's prompts, each `group_size` times in a row: distinct ones while there are enough."""
+        indices: list[int] = []
+        while len(indices) < self.config.prompts_per_epoch:
+            indices += torch.randperm(len(self.prompts), generator=generator).tolist()
+        chosen = indices[: self.config.prompts_per_epoch]
+        return [self.prompts[index] for index in chosen for _ in range(self.config.group_size)]
+
+    def _rollout(
+        self, prompts: list[str], table: StepTable, first_index: int, signals: Signals | None, record: bool = True
+    ) -> Trajectory:
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        embeddings = self.policy.encode(list(distinct))
+        conditioning = embeddings[[distinct[prompt] for prompt in prompts]]
+        size = self.config.micro_batch_size
+        with tqdm(total=math.ceil(len(prompts) / size) * len(table), desc="rollout", leave=False, disable=None) as bar:
+
+            def after_step() -> None:
+                bar.update()
+                if signals is not None and signals.received:
+                    raise Interrupted
+
+            return rollout(
+                self.policy,
+                table,
+                conditioning,
+                seed=self.config.seed,
+                first_index=first_index,
+                batch_size=size,
+                record=record,
+                after_step=after_step,
+            )
+
+    def _summary(self, seen: list[tuple[Tensor, PolicyLoss]], on_policy: int) -> Record:
+        """Means over all rows and per step of what the updates saw; warns if the first ratio was not exactly 1."""
+        step = torch.cat([step for step, _ in seen]).cpu()
+        log_ratio, clipped = (
+            torch.cat([getattr(result, name) for _, result in seen]).float().cpu() for name in ("log_ratio", "clipped")
+        )
+        first = sum(len(rows) for rows, _ in seen[:on_policy])
+
+        def per_step(values: Tensor, reduce: str) -> list[float | None]:
+            start = torch.full((len(self.table),), math.nan)
+            result = start.scatter_reduce(0, step[: len(values)], values, reduce, include_self=False)
+            return [None if math.isnan(value) else value for value in result.tolist()]
+
+        first_ratio = log_ratio[:first].abs()
+        first_per_step = per_step(first_ratio, "amax")
+        if first_ratio.max() != 0:
+            listing = ", ".join(
+                f"{timestep}: {value:.1e}"
+                for timestep, value in zip(self.table.timesteps.tolist(), first_per_step, strict=True)
+                if value
+            )
+            tqdm.write(
+                "warning: before the first update the policy must equal the one that sampled, and its log-ratio be 0. "
+                f"Largest |log-ratio| per timestep: {listing}"
+            )
+        return {
+            "update/loss": torch.stack([result.loss for _, result in seen]).mean().item(),
+            "update/clip_fraction": clipped.mean().item(),
+            "update/clip_fraction_per_step": per_step(clipped, "mean"),
+            "update/abs_log_ratio": log_ratio.abs().mean().item(),
+            "update/first_abs_log_ratio": first_ratio.max().item(),
+            "update/first_abs_log_ratio_per_step": first_per_step,
+        }
+
+    def _draw_curves(self) -> None:
+        held_out = [f"eval/{name}" for name in self.eval_rewards.rewards]
+        save_curves(self.metrics, self.table.timesteps.tolist(), held_out, self.folder / "curves.png")
+
+    def _save(self, random_state: dict[str, Any]) -> None:
+        """Saves the state after `self.epoch` epochs, unless it is on the disk already."""
+        latest = self.checkpoints.latest()
+        if latest is None or self.checkpoints.epoch_of(latest) != self.epoch:
+            state = {"advantages": self.advantages.state_dict(), "scaler": self.scaler.state_dict()}
+            self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)
+
+
+class Signals:
+    """Notes the first Ctrl-C or SIGTERM, for the loop to leave at a point that it can resume from; a second one acts
+    at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        # handlers can be set in the main thread alone; elsewhere the caller has its own ways to stop
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        tqdm.write(f"{signal.Signals(number).name}: saving, then leaving; once more leaves at once, without saving")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _finite_mean(scores: Tensor) -> float | None:
+    finite = scores[scores.isfinite()]
+    return finite.mean().item() if len(finite) else None
+
+
+def _grid(count: int) -> Sequence[int]:
+    """Indices for a grid, evenly spaced over `count` images and running down its columns."""
+    columns = min(GRID_COLUMNS, count)
+    rows = min(GRID_ROWS, count // columns)
+    return [(column * rows + row) * count // (rows * columns) for row in range(rows) for column in range(columns)]
