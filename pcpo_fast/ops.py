@@ -464,12 +464,15 @@ def _(seed, sample_index, step, num_steps, numel, impl):
 def _save_step_log_prob(ctx, inputs, output):
     _, direction, coefficient = output
     ctx.mark_non_differentiable(direction, coefficient)
+    # no zeros for the outputs without gradient, one of which is as large as the input
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(direction, coefficient)
 
 
 @once_differentiable
 def _step_log_prob_backward(ctx, grad_log_prob, *_):
+    if grad_log_prob is None:
+        return (None,) * 7
     direction, coefficient = ctx.saved_tensors
     gradient = direction * _per_row(grad_log_prob * coefficient, direction)
     return gradient.to(direction.dtype), *[None] * 6
@@ -487,6 +490,8 @@ def _save_policy_loss(ctx, inputs, output):
 
 @once_differentiable
 def _policy_loss_backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        return (None,) * 12
     direction, coefficients, *kl = ctx.saved_tensors
     factors = grad_loss * coefficients
     gradient = direction * _per_row(factors[:, 0], direction)

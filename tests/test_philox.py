@@ -1,0 +1,113 @@
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from pcpo_fast.reference.philox import noise_tile, philox4x32
+
+from pcpo_fast import ops
+
+# the published vectors of Random123 for philox4x32 with 10 rounds: counter, key, answer
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]
+EPS = torch.finfo(torch.float32).eps
+
+
+def words(text):
+    return tuple(torch.tensor(int(word, 16)) for word in text.split())
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+def test_known_answers(counter, key, answer):
+    assert philox4x32(words(counter), words(key)) == words(answer)
+
+
+@triton.jit
+def _randint_kernel(seed_ptr, offset_ptr, out_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    bits = tl.randint4x(tl.load(seed_ptr), tl.load(offset_ptr + lane))
+    for i in tl.static_range(4):
+        tl.store(out_ptr + i * BLOCK + lane, bits[i].to(tl.uint32, bitcast=True).to(tl.int64))
+
+
+def test_triton_draws_the_same_bits():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed = torch.tensor(0x1234_5678_9ABC_DEF0, device=device)
+    offset = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7, 2**62 + 3, 5], device=device)
+    out = torch.empty((4, 8), dtype=torch.int64, device=device)
+    _randint_kernel[(1,)](seed, offset, out, BLOCK=8)
+    low, zero = offset & 0xFFFFFFFF, torch.zeros_like(offset)
+    expected = philox4x32((low, offset >> 32, zero, zero), (seed & 0xFFFFFFFF, seed >> 32))
+    assert torch.equal(out, torch.stack(expected))
+
+
+def test_normals_match_float64(table, impl):
+    """Box-Muller on the same uniforms in float64, from the published bits."""
+    numel, steps = 4096, len(table.rows)
+    noise = ops.sample_noise(
+        (1, numel), table, 3, seed=9, sample_index=torch.tensor([5]).to(table.rows.device), impl=impl
+    )
+    offset = (5 * steps + 3) * numel // 4 + torch.arange(numel // 4)
+    zero = torch.zeros_like(offset)
+    bits = torch.stack(philox4x32((offset, zero, zero, zero), (torch.tensor(9), torch.tensor(0))))
+    signed = torch.where(bits >= 2**31, bits - 2**32, bits)
+    # the uniforms are defined in float32
+    u = torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
+    radius = (-2 * u[0::2].clamp(min=1e-7).double().log()).sqrt()
+    angle = (u[1::2] * (2 * math.pi)).double()
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    expected = pairs.flatten(0, 1).T.flatten()
+    # a float32 logarithm, root, cosine and product are each good to a few units in the last place
+    torch.testing.assert_close(noise[0].double().cpu(), expected, rtol=8 * EPS, atol=4e-7)
+
+
+def test_moments(table, impl):
+    rows, numel = 8, 16384
+    noise = ops.sample_noise((rows, numel), table, 0, seed=1, impl=impl).double().flatten()
+    count = rows * numel
+    # five standard errors of the first four moments of N(0, 1)
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs(noise.pow(power).mean() - expected) < 5 * math.sqrt(variance / count)
+
+
+def test_every_coordinate_draws_its_own(table, impl):
+    """Seed, step, sample and stream each give noise that is uncorrelated with the rest."""
+    numel = 4096
+
+    def draw(step=0, seed=1, index=0, stream=0):
+        index = torch.tensor([index], device=table.rows.device)
+        return ops.sample_noise((1, numel), table, step, seed=seed, sample_index=index, stream=stream, impl=impl)[0]
+
+    draws = torch.stack([draw(), draw(step=1), draw(seed=2), draw(index=1), draw(index=2**40), draw(stream=1)])
+    correlation = torch.corrcoef(draws) - torch.eye(len(draws), device=draws.device)
+    assert correlation.abs().max() < 5 / math.sqrt(numel)
+
+
+@pytest.mark.parametrize("numel", [1, 6, 1001, 5000])
+def test_does_not_depend_on_the_batch(table, impl, numel):
+    index = torch.tensor([7, 0, 3], device=table.rows.device)
+    step = torch.tensor([2, 2, 11], device=table.rows.device)
+    together = ops.sample_noise((3, numel), table, step, seed=4, sample_index=index, impl=impl)
+    alone = [
+        ops.sample_noise((1, numel), table, int(step[i]), seed=4, sample_index=index[i : i + 1], impl=impl)[0]
+        for i in range(3)
+    ]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_tiles_are_parts_of_the_row():
+    seed, index, step = torch.tensor(3), torch.arange(3), torch.tensor([4, 0, 1])
+    whole = noise_tile(seed, index, step, 20, 1003, slice(0, 3), slice(0, 1003))
+    tile = noise_tile(seed, index, step, 20, 1003, slice(1, 3), slice(400, 1003))
+    assert torch.equal(tile, whole[1:, 400:])
+
+
+def test_seed_may_be_a_tensor(table, impl):
+    seed = torch.tensor(123, device=table.rows.device)
+    as_int = ops.sample_noise((2, 3, 5), table, 1, seed=123, impl=impl)
+    assert torch.equal(as_int, ops.sample_noise((2, 3, 5), table, 1, seed=seed, impl=impl))
+    assert as_int.shape == (2, 3, 5) and as_int.dtype == torch.float32
