@@ -28,7 +28,7 @@ def coefficient(table_ptr, step_ptr, row, COLUMN: tl.constexpr):
 @triton.jit
 def inverse(std):
     """1/s, and 0 for a deterministic step."""
-    return tl.where(std > 0, tl.div_rn(1.0, std), 0.0)
+    return tl.where(std > 0, tl.div_rn(1.0, tl.where(std > 0, std, 1.0)), 0.0)
 
 
 @triton.jit

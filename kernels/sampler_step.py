@@ -54,7 +54,7 @@ def _sampler_step_kernel(
         m = guided.to(tl.float32)
     x = tl.load(sample_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
     if seed_ptr is None:
-        noise = tl.load(noise_ptr + offset, mask & (std > 0), other=0.0).to(tl.float32)  # [BLOCK]
+        noise = tl.load(noise_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
     else:
         noise = normal_block(seed_ptr, sample_index_ptr, step_ptr, row, num_steps, numel, start, BLOCK)
 

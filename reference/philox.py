@@ -64,4 +64,4 @@ def noise_tile(
 
 def sample_noise(seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
     """The noise of every row, (rows, numel) float32."""
-    return noise_tile(seed, sample_index, step, num_steps, numel, slice(0, len(step)), slice(0, numel))
+    return noise_tile(seed, sample_index, step, num_steps, numel, slice(0, len(step)), slice(0, numel)).contiguous()
