@@ -17,7 +17,7 @@ The same inputs give the same bits, and a row alone gives the same bits as in a 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -461,44 +461,57 @@ def _(seed, sample_index, step, num_steps, numel, impl):
     return seed.new_empty((step.shape[0], numel), dtype=torch.float32)
 
 
-def _save_step_log_prob(ctx, inputs, output):
-    _, direction, coefficient = output
-    ctx.mark_non_differentiable(direction, coefficient)
+class _StepLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        # the same operator, below its autograd
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.pcpo_fast.step_log_prob.default(*args)
+        _, *without_gradient = output
+        _keep(ctx, without_gradient, saved=without_gradient)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_prob, *_):
+        if grad_log_prob is None:
+            return (None,) * 7
+        direction, coefficient = ctx.saved_tensors
+        gradient = direction * _per_row(grad_log_prob * coefficient, direction)
+        return gradient.to(direction.dtype), *[None] * 6
+
+
+class _PolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.pcpo_fast.policy_loss.default(*args)
+        _, *without_gradient = output
+        model_output, ref_model_output = args[0], args[6]
+        # the reference model's part of the gradient is made from the inputs, which are alive anyway
+        kl = () if ref_model_output is None else (model_output, ref_model_output)
+        _keep(ctx, without_gradient, saved=(*without_gradient[2:], *kl))
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * 12
+        direction, coefficients, *kl = ctx.saved_tensors
+        factors = grad_loss * coefficients
+        gradient = direction * _per_row(factors[:, 0], direction)
+        if kl:
+            model_output, ref_model_output = (t.to(gradient.dtype) for t in kl)
+            gradient += (model_output - ref_model_output) * _per_row(factors[:, 1], direction)
+        return gradient.to(direction.dtype), *[None] * 11
+
+
+def _keep(ctx: Any, without_gradient: Iterable[Tensor], saved: Iterable[Tensor]) -> None:
+    ctx.mark_non_differentiable(*without_gradient)
     # no zeros for the outputs without gradient, one of which is as large as the input
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(direction, coefficient)
-
-
-@once_differentiable
-def _step_log_prob_backward(ctx, grad_log_prob, *_):
-    if grad_log_prob is None:
-        return (None,) * 7
-    direction, coefficient = ctx.saved_tensors
-    gradient = direction * _per_row(grad_log_prob * coefficient, direction)
-    return gradient.to(direction.dtype), *[None] * 6
-
-
-def _save_policy_loss(ctx, inputs, output):
-    model_output, ref_model_output = inputs[0], inputs[6]
-    _, log_ratio, clipped, direction, coefficients = output
-    ctx.mark_non_differentiable(log_ratio, clipped, direction, coefficients)
-    ctx.set_materialize_grads(False)
-    # the reference model's part of the gradient is made from the inputs, which are alive anyway
-    kl = () if ref_model_output is None else (model_output, ref_model_output)
-    ctx.save_for_backward(direction, coefficients, *kl)
-
-
-@once_differentiable
-def _policy_loss_backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * 12
-    direction, coefficients, *kl = ctx.saved_tensors
-    factors = grad_loss * coefficients
-    gradient = direction * _per_row(factors[:, 0], direction)
-    if kl:
-        model_output, ref_model_output = (t.to(gradient.dtype) for t in kl)
-        gradient += (model_output - ref_model_output) * _per_row(factors[:, 1], direction)
-    return gradient.to(direction.dtype), *[None] * 11
+    ctx.save_for_backward(*saved)
 
 
 def _per_row(factor: Tensor, like: Tensor) -> Tensor:
@@ -506,9 +519,6 @@ def _per_row(factor: Tensor, like: Tensor) -> Tensor:
     return factor.view(-1, *[1] * (like.dim() - 1))
 
 
-torch.library.register_autograd(
-    "pcpo_fast::step_log_prob", _step_log_prob_backward, setup_context=_save_step_log_prob, lib=_library
-)
-torch.library.register_autograd(
-    "pcpo_fast::policy_loss", _policy_loss_backward, setup_context=_save_policy_loss, lib=_library
-)
+# `torch.library.register_autograd` would do the same with 75 microseconds more per call
+_library.impl("step_log_prob", _StepLogProb.apply, "Autograd")
+_library.impl("policy_loss", _PolicyLoss.apply, "Autograd")

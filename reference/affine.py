@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 16_384
-TILE_CHUNKS_PER_THREAD = 4
+TILE_CHUNKS_PER_THREAD = 8
 LOG_SQRT_2PI = 0.9189385332046727
 
 
@@ -84,9 +84,10 @@ def chunk_sums(tile: Tensor) -> Tensor:
     return torch.cat([tile[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2), rest[:, None]], dim=1).flatten()
 
 
-def row_sums(sums_of_tiles: list[Tensor], rows: int) -> Tensor:
-    """(rows,) float64 from the chunk sums of all tiles."""
-    return torch.cat(sums_of_tiles).view(rows, -1).double().sum(dim=1)
+def row_sums(*sums_of_tiles: list[Tensor], rows: int) -> tuple[Tensor, ...]:
+    """Several sums of each row, (rows,) float64 each, from the chunk sums of all tiles."""
+    chunks = torch.cat([chunk for sums in sums_of_tiles for chunk in sums])
+    return chunks.view(len(sums_of_tiles), rows, -1).double().sum(dim=2).unbind(0)
 
 
 def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients, rows: slice) -> Tensor:

@@ -102,27 +102,28 @@ def policy_loss(
     rows, numel = new.shape
     coef = Coefficients.of(table, step)
     weight = coef.weight.to(dtype)[:, None]
-    ez, ee, rr = [], [], []
+    sums: list[list[Tensor]] = [[] for _ in range(2 if ref is None else 3)]
 
     for tile in tiles(rows, numel, new.device):
         m_new, noise_tile = new[tile].to(dtype), z[tile].to(dtype)
         e = m_new - old[tile].to(dtype)
         scratch = towards[tile] if towards.dtype == dtype else torch.empty_like(e)
-        ez.append(chunk_sums(torch.mul(e, noise_tile, out=scratch)))
-        ee.append(chunk_sums(torch.mul(e, e, out=scratch)))
+        sums[0].append(chunk_sums(torch.mul(e, noise_tile, out=scratch)))
+        sums[1].append(chunk_sums(torch.mul(e, e, out=scratch)))
         torch.mul(e, weight[tile[0]], out=scratch).add_(noise_tile)
         if towards.dtype != dtype:
             towards[tile] = scratch
         if ref is not None:
-            rr.append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
+            sums[2].append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
 
     scale = reduction_scale(numel, reduction)
-    log_ratio = torch.addcmul(row_sums(ez, rows), coef.weight, row_sums(ee, rows), value=0.5).mul_(-scale * coef.weight)
+    ez, ee, *rr = row_sums(*sums, rows=rows)
+    log_ratio = torch.addcmul(ez, coef.weight, ee, value=0.5).mul_(-scale * coef.weight)
     loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
     coefficients = [slope * coef.weight]
     if ref is not None:
         coefficients.append(kl_weight * coef.native_weight.square())
-        loss = loss + 0.5 * scale * coefficients[1] * row_sums(rr, rows)
+        loss = loss + 0.5 * scale * coefficients[1] * rr[0]
     return (
         loss.mean().to(dtype),
         log_ratio.to(dtype),

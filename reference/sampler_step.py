@@ -86,5 +86,5 @@ def sampler_step(
         z_stored[tile] = z
         squares.append(chunk_sums(z.square_()))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, "mean")
+    log_prob = gaussian_log_prob(*row_sums(squares, rows=rows), coef.std, numel, "mean")
     return prev_sample, guided, stored_noise, log_prob.to(dtype)

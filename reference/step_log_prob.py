@@ -51,6 +51,6 @@ def step_log_prob(
         towards[tile] = z
         squares.append(chunk_sums(z.square_()))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, reduction)
+    log_prob = gaussian_log_prob(*row_sums(squares, rows=rows), coef.std, numel, reduction)
     coefficient = reduction_scale(numel, reduction) * coef.output * coef.inverse_std
     return log_prob.to(dtype), direction, coefficient.to(dtype)
