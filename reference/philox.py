@@ -25,14 +25,14 @@ SMALLEST_UNIFORM = 1e-7
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Four words from a counter of four words and a key of two, all unsigned 32-bit numbers held in int64."""
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
+    rounds = torch.arange(ROUNDS, device=c0.device)
+    round_keys = [((k + rounds * increment) & WORD).unbind() for k, increment in zip(key, KEY_INCREMENTS, strict=True)]
+    for k0, k1 in zip(*round_keys, strict=True):
         # the product may wrap around int64; its 64 bits are right all the same
         product0, product2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = (product2 >> 32).bitwise_and_(WORD).bitwise_xor_(c1).bitwise_xor_(k0)
         c2 = (product0 >> 32).bitwise_and_(WORD).bitwise_xor_(c3).bitwise_xor_(k1)
         c1, c3 = product2.bitwise_and_(WORD), product0.bitwise_and_(WORD)
-        k0, k1 = (k0 + KEY_INCREMENTS[0]) & WORD, (k1 + KEY_INCREMENTS[1]) & WORD
     return c0, c1, c2, c3
 
 
