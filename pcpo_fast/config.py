@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pcpo_fast.tables import Credit
 
@@ -149,6 +150,8 @@ class Config:
             raise ValueError(f"--guidance-scale {self.guidance_scale} must be at least 1 (1 means no guidance)")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"--timestep-fraction {self.timestep_fraction} must lie in (0, 1]")
+        if self.resolution is not None and self.resolution <= 0:
+            raise ValueError(f"--resolution {self.resolution} must be above 0; leave it out for the model's own")
         if self.seed >= 2**62:
             raise ValueError(f"--seed {self.seed} must be below 2^62")
         if self.advantage == "group" and self.group_size < 2:
@@ -229,7 +232,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a JSON object, or names a setting that does not exist.
+        ValueError: if it is not a JSON object, names a setting that does not exist, or gives one of a wrong type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the config file {path} does not exist")
@@ -239,16 +242,36 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"the config file {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the config file {path} must hold a JSON object of settings")
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    unknown = sorted(set(values) - set(known))
+    types = get_type_hints(Config)
+    unknown = sorted(set(values) - set(types))
     if unknown:
         raise ValueError(f"the config file {path} names unknown settings: {', '.join(unknown)}")
+    for name, value in values.items():
+        if not _is_a(value, types[name]):
+            raise ValueError(f"the config file {path} gives {name} as {value!r}, which is no {_name(types[name])}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def to_json(config: Config) -> str:
     """Every setting as JSON, to be read back with `--config`."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _is_a(value: Any, type_: Any) -> bool:
+    """Whether a value read from JSON fits a field of that type."""
+    if get_origin(type_) in (Union, UnionType):
+        return any(_is_a(value, member) for member in get_args(type_))
+    if get_origin(type_) is Literal:
+        return value in get_args(type_)
+    if get_origin(type_) is tuple:
+        return isinstance(value, list) and all(_is_a(item, get_args(type_)[0]) for item in value)
+    # JSON writes 1.0 as 1, and Python counts True as 1
+    accepted = (int, float) if type_ is float else type_
+    return isinstance(value, accepted) and (type_ is bool or not isinstance(value, bool))
+
+
+def _name(type_: Any) -> str:
+    return type_.__name__ if isinstance(type_, type) and not get_origin(type_) else str(type_).replace("typing.", "")
 
 
 def _flag(name: str) -> str:

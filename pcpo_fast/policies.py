@@ -39,11 +39,11 @@ class StableDiffusionPolicy:
         pipeline.set_progress_bar_config(disable=True)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             # eval: dropout would make the output of training differ from that of the rollout
-            module.requires_grad_(False).eval().to(device, self.dtype)
+            module.requires_grad_(False).eval().to(device)
         if config.tuning == "lora":
             self._add_adapter(config)
         else:
-            self.unet.to(torch.float32).requires_grad_(True)
+            self.unet.requires_grad_(True)
         if config.attention == "xformers":
             self.unet.enable_xformers_memory_efficient_attention()
 
@@ -77,8 +77,12 @@ class StableDiffusionPolicy:
                 f"--model {config.model!r} is no diffusers pipeline: there is no {model}/model_index.json. Give a "
                 "folder that DiffusionPipeline.save_pretrained wrote, a hub name (owner/name), or digits"
             )
+        dtype = DTYPES[config.dtype]
         pipeline = StableDiffusionPipeline.from_pretrained(
-            Path(model).expanduser() if is_path else model, safety_checker=None, requires_safety_checker=False
+            Path(model).expanduser() if is_path else model,
+            torch_dtype={"default": dtype, "unet": dtype if config.tuning == "lora" else torch.float32},
+            safety_checker=None,
+            requires_safety_checker=False,
         )
         return cls(pipeline, config, device)
 

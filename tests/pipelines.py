@@ -1,12 +1,17 @@
 """Pipelines with random weights that tests build, save and train: real structure, small width."""
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pcpo_fast.assets.build_digits import build_tokenizer
+from pcpo_fast.config import Config
+from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -74,3 +79,62 @@ def save_stable_diffusion(folder: Path, **scheduler_settings) -> Path:
     """Saves `stable_diffusion(...)` as an ordinary diffusers folder and returns it."""
     stable_diffusion(**scheduler_settings).save_pretrained(folder)
     return folder
+
+
+# settings of the smallest run in which everything happens
+SMALL = {
+    "prompts": "animals",
+    "rewards": ("jpeg_compressibility",),
+    "eval_rewards": ("jpeg_incompressibility",),
+    "epochs": 2,
+    "prompts_per_epoch": 2,
+    "group_size": 2,
+    "micro_batch_size": 4,
+    "num_inference_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "eval_samples": 2,
+    "eval_every": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """The folder of a saved `stable_diffusion()`."""
+    return save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd15")
+
+
+@pytest.fixture
+def one_thread():
+    """Models this small are slower with more threads, and much slower where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
+    """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
+    config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
+    torch.manual_seed(config.seed)
+    return Trainer(config, StableDiffusionPolicy.from_pretrained(config), folder)
+
+
+def command(model: Path, folder: Path, **settings) -> list[str]:
+    """The command line of a run with SMALL settings and `settings` over them."""
+    arguments = []
+    for name, value in ({"model": model, "output_dir": folder} | SMALL | settings).items():
+        arguments.append("--" + name.replace("_", "-"))
+        if value is not True:
+            arguments += map(str, value if isinstance(value, tuple) else [value])
+    return arguments
+
+
+def records(folder: Path) -> list[dict]:
+    """A run's metrics without what differs from one machine to the next; anything but strict JSON is an error."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} in {folder}/metrics.jsonl")
+
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in lines]
+    return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]

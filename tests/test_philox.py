@@ -4,9 +4,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from pcpo_fast.reference.philox import noise_tile, philox4x32
 
 from pcpo_fast import ops
+from pcpo_fast.reference.philox import noise_tile, philox4x32
 
 # the published vectors of Random123 for philox4x32 with 10 rounds: counter, key, answer
 KNOWN_ANSWERS = [

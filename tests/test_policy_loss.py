@@ -1,9 +1,9 @@
 import pytest
 import torch
-from pcpo_fast.reference import affine
-from pcpo_fast.reference.policy_loss import policy_loss_oracle
 
 from pcpo_fast import ops
+from pcpo_fast.reference import affine
+from pcpo_fast.reference.policy_loss import policy_loss_oracle
 
 EPS = torch.finfo(torch.float32).eps
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
 from pcpo_fast import ops
+from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
 EPS = torch.finfo(torch.float32).eps
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
