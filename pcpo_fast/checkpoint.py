@@ -93,7 +93,12 @@ class Checkpoints:
         for key, tensor in load_file(path / "optimizer.safetensors").items():
             index, name = key.split(".", 1)
             per_parameter.setdefault(int(index), {})[name] = tensor
-        optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
+        # hyperparameters are the config's: a resumed run may have been given another learning rate
+        groups = [
+            {**current, "params": saved["params"]}
+            for current, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+        ]
+        optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
         set_random_state(
             {
                 "torch": load_file(path / "random.safetensors"),

@@ -21,8 +21,8 @@ Record = dict[str, Any]
 class Metrics:
     """One JSON object per epoch in `metrics.jsonl`, flushed to the disk, and the same numbers in TensorBoard.
 
-    Values are numbers or lists with one number per sampler step. Keys under `time/` are seconds or rates of this
-    machine; all others are the same whenever the run is repeated.
+    Values are numbers or lists with one number per sampler step; what is not finite is written as null. Keys under
+    `time/` are seconds or rates of this machine; all others are the same whenever the run is repeated.
     """
 
     def __init__(self, folder: Path, resume_epoch: int | None = None) -> None:
@@ -38,6 +38,7 @@ class Metrics:
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_new)
 
     def write(self, record: Record) -> None:
+        record = {key: _finite(value) for key, value in record.items()}
         self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
@@ -62,6 +63,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     from PIL import Image
 
     count, channels, height, width = images.shape
+    columns = min(columns, count)
     rows, gap = math.ceil(count / columns), 2
     grid = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
     for index, image in enumerate(images.cpu()):
@@ -119,8 +121,14 @@ def save_curves(metrics: Metrics, timesteps: Sequence[int], eval_keys: Sequence[
     write_atomically(path, file.getvalue())
 
 
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _line(record: Record) -> str:
-    return json.dumps(record) + "\n"
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _read(path: Path) -> list[Record]:

@@ -23,6 +23,9 @@ DESCRIPTION = f"""Align a text-to-image diffusion pipeline with policy gradients
 whose settings are the defaults shown here. --config FILE reads settings from a JSON file, such as another run's
 config.json; it overrides the preset, and the command line overrides both."""
 
+# settings that a resumed run cannot change
+KEPT = ("tuning", "lora_rank", "lora_alpha", "lora_target_modules")
+
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     """The preset's name and the resolved settings of a command line.
@@ -45,15 +48,22 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     early.add_argument("--resume", action="store_true")
     peeked, _ = early.parse_known_args(rest)
 
-    default = PRESETS[preset]
+    default, saved = PRESETS[preset], {}
     if peeked.resume and peeked.output_dir is not None and (peeked.output_dir / "config.json").is_file():
         saved = read_config(peeked.output_dir / "config.json")
-        default = dataclasses.replace(default, **saved, resume=False)
+        default = dataclasses.replace(default, **saved)
     if early_config.config is not None:
         default = dataclasses.replace(default, **read_config(early_config.config))
     config = tyro.cli(
         Config, prog="python -m pcpo_fast.train [preset]", description=DESCRIPTION, args=rest, default=default
     )
+    for name in KEPT:
+        given = getattr(config, name)
+        if saved.get(name, given) != given:
+            raise ValueError(
+                f"the run in {config.output_dir} has {name} {saved[name]!r}, which its checkpoints depend on, and was "
+                f"to be resumed with {given!r}; leave the setting out, or start another run"
+            )
     return preset, config.resolved()
 
 
@@ -68,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         policy = StableDiffusionPolicy.from_pretrained(config)
-        folder.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(config, policy, folder)
-        write_atomically(folder / "config.json", to_json(config).encode())
-    except (ValueError, FileNotFoundError) as error:
+        # resuming is no setting of the run: another run may start from this file
+        write_atomically(folder / "config.json", to_json(dataclasses.replace(config, resume=False)).encode())
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _announce(trainer)

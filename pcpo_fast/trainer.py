@@ -86,6 +86,7 @@ class Trainer:
             self.epoch = state["epoch"]
             self.advantages.load_state_dict(state["advantages"])
             self.scaler.load_state_dict(state["scaler"])
+        folder.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(folder, resume_epoch=None if latest is None else self.epoch)
 
     def train(self) -> int | None:
@@ -104,13 +105,15 @@ class Trainer:
                     if last or (config.eval_every and self.epoch % config.eval_every == 0):
                         record |= self.evaluate("after")
                     self.metrics.write(record)
-                    if last or signals.received or self.epoch % config.checkpoint_every == 0:
-                        self._save(get_random_state())
                     self._draw_curves()
+                    # last: what a checkpoint says is done is never done again
+                    if self.epoch % config.checkpoint_every == 0:
+                        self._save(get_random_state())
                     bar.update()
                     bar.set_postfix(
                         reward=f"{record['reward/mean']:.3f}", clipped=f"{record['update/clip_fraction']:.2f}"
                     )
+                self._save(get_random_state())
             except Interrupted:
                 # the interrupted epoch has updated nothing yet; a resumed run begins it anew
                 self._save(random_state)

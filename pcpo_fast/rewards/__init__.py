@@ -7,6 +7,7 @@ that is not finite marks an image that could not be scored: the trainer leaves i
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,8 +30,8 @@ class RewardSet:
         specs: each `name`, `module:function`, or one of them with `=weight` behind it; the weight is 1 otherwise.
 
     Raises:
-        ValueError: for a name that is not known, a module or function that is not there, a weight that is no number,
-            or a reward named twice.
+        ValueError: for a name that is not known, a module or function that is not there, a weight that is no finite
+            number, or a reward named twice.
     """
 
     def __init__(self, specs: Sequence[str]) -> None:
@@ -63,8 +64,8 @@ class RewardSet:
 
 
 def _find(name: str) -> Reward:
-    module_name, separator, function_name = REWARDS.get(name, name).partition(":")
-    if not separator:
+    module_name, _, function_name = REWARDS.get(name, name).partition(":")
+    if not module_name or module_name.startswith(".") or not function_name:
         raise ValueError(
             f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function"
         )
@@ -82,9 +83,12 @@ def _find(name: str) -> Reward:
 
 
 def _weight(spec: str, weight: str) -> float:
-    if not weight and "=" not in spec:
+    if "=" not in spec:
         return 1.0
     try:
-        return float(weight)
+        value = float(weight)
     except ValueError:
-        raise ValueError(f"the reward {spec!r} has no number behind '='; write name=0.5, say") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"the reward {spec!r} has no finite number behind '='; write name=0.5, say")
+    return value
