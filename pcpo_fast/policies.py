@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,11 @@ class StableDiffusionPolicy:
 
 
 def _find_device(name: str) -> torch.device:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-    if device.type not in ("cpu", "cuda"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name} is not supported; choose auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
         raise ValueError(
