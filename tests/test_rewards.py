@@ -1,0 +1,105 @@
+import io
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rewards.jpeg import compressibility, incompressibility
+
+IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["cat", "dog", "horse"]
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+def prompt_length(images, prompts):
+    """As plain a return value as a reward may have."""
+    return [len(prompt) for prompt in prompts]
+
+
+def one_number(images, prompts):
+    return images.mean()
+
+
+def column(images, prompts):
+    return images.mean(dim=(1, 2, 3))[:, None]
+
+
+@pytest.fixture(autouse=True)
+def own_module(monkeypatch):
+    """`own:brightness` names a function of this file."""
+    monkeypatch.setitem(sys.modules, "own", sys.modules[__name__])
+
+
+def test_jpeg_sizes_are_those_of_files(tmp_path):
+    flat = torch.zeros(1, 3, 16, 24)
+    images = torch.cat([IMAGES, flat])
+    sizes = []
+    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        path = tmp_path / f"{index}.jpg"
+        Image.fromarray(np.uint8(np.rint(image * 255))).save(path, quality=95)
+        sizes.append(path.stat().st_size / 1000)
+    expected = torch.tensor(sizes)
+    assert torch.equal(incompressibility(images, []), expected)
+    assert torch.equal(compressibility(images, []), -expected)
+    assert sizes[-1] < min(sizes[:-1])
+
+
+def test_jpeg_keeps_colours_and_orientation():
+    """Transposed or channel-swapped pixels make files of another size."""
+    image = torch.zeros(1, 3, 8, 32)
+    image[:, 0, :, ::2] = 1
+    image[:, 1, :4] = 0.5
+    file = io.BytesIO()
+    Image.fromarray(np.uint8(np.rint(image[0].permute(1, 2, 0).numpy() * 255))).save(file, "JPEG", quality=95)
+    assert incompressibility(image, []).item() == pytest.approx(len(file.getvalue()) / 1000)
+
+
+def test_rewards_by_name_and_by_module_add_up_with_their_weights():
+    total, scores = RewardSet(["jpeg_compressibility", "own:brightness=2.5", "own:prompt_length=-1"])(IMAGES, PROMPTS)
+    assert list(scores) == ["jpeg_compressibility", "own:brightness", "own:prompt_length"]
+    assert torch.equal(scores["jpeg_compressibility"], compressibility(IMAGES, PROMPTS))
+    assert scores["own:prompt_length"].tolist() == [3, 3, 5]
+    expected = compressibility(IMAGES, PROMPTS) + 2.5 * brightness(IMAGES, PROMPTS) - torch.tensor([3, 3, 5])
+    torch.testing.assert_close(total, expected)
+    assert total.dtype == torch.float32
+
+
+def test_scores_carry_no_gradient():
+    images = IMAGES.clone().requires_grad_()
+    total, _ = RewardSet(["own:brightness"])(images, PROMPTS)
+    assert not total.requires_grad
+
+
+@pytest.mark.parametrize(("reward", "shape"), [("own:one_number", "()"), ("own:column", "(3, 1)")])
+def test_a_reward_of_a_wrong_shape_is_named(reward, shape):
+    with pytest.raises(ValueError) as error:
+        RewardSet([reward])(IMAGES, PROMPTS)
+    assert f"{reward!r} returned shape {shape} for 3 images" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["jpeg"], "no reward is named 'jpeg'; choose one of .*jpeg_compressibility.* or give your own as module:fun"),
+        ([":f"], "no reward is named ':f'"),
+        ([".own:f"], "no reward is named '.own:f'"),
+        (["own:"], "no reward is named 'own:'"),
+        (["not_there.at_all:f"], "'not_there.at_all:f' needs the module 'not_there', .*install it"),
+        (["own:f"], "module own has no function 'f'"),
+        (["own:PROMPTS"], "module own has no function 'PROMPTS'"),
+        (["own:brightness="], "'own:brightness=' has no finite number behind '='; write name=0.5"),
+        (["own:brightness=half"], "has no finite number"),
+        ([f"own:brightness={math.nan}"], "has no finite number"),
+        (["own:brightness", "own:brightness=2"], "'own:brightness' is named twice; give it once"),
+    ],
+)
+def test_specs_that_cannot_be_used_are_refused(specs, message):
+    with pytest.raises(ValueError, match=message):
+        RewardSet(specs)
