@@ -1,4 +1,7 @@
-"""Pipelines with random weights that tests build, save and train: real structure, small width."""
+"""Pipelines with random weights that tests build, save and train: real structure, small width.
+
+Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWRITE).
+"""
 
 import json
 from pathlib import Path
