@@ -1,0 +1,318 @@
+import itertools
+import math
+
+import pytest
+import torch
+from pipelines import make_trainer, records, save_stable_diffusion
+
+from pcpo_fast import trainer as trainer_module
+from pcpo_fast.trainer import Signals
+
+pytest_plugins = "pipelines"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def schedule(scheduler, steps):
+    """(timestep, at, ap) of every step of DDIM with leading spacing, as Python floats."""
+    alphas, stride = scheduler.alphas_cumprod.double(), 1000 // steps
+    timesteps = [index * stride + 1 for index in reversed(range(steps))]
+    previous = [alphas[max(timestep - stride, 0)].item() for timestep in timesteps]
+    return [(t, alphas[t].item(), ap) for t, ap in zip(timesteps, previous, strict=True)]
+
+
+def ddim_mean(x, epsilon, at, ap, std):
+    """Song et al., arXiv 2010.02502, equation 12."""
+    predicted_x0 = (x - math.sqrt(1 - at) * epsilon) / math.sqrt(at)
+    return math.sqrt(ap) * predicted_x0 + math.sqrt(max(1 - ap - std**2, 0)) * epsilon
+
+
+def credit_of(at, ap, std):
+    """w: how far, in standard deviations, the mean falls per unit of epsilon."""
+    return -ddim_mean(0.0, 1.0, at, ap, std) / std
+
+
+def solve(at, ap, native_std, target):
+    """The std nearest `native_std` whose credit is `target`, by bisection on both sides of it; None where none is."""
+    roots = []
+    for far in (1e-6 * native_std, math.sqrt(1 - ap)):
+        near = native_std
+        if not credit_of(at, ap, near) <= target <= credit_of(at, ap, far):
+            continue
+        for _ in range(200):
+            middle = (near + far) / 2
+            near, far = (middle, far) if credit_of(at, ap, middle) < target else (near, middle)
+        roots.append(near)
+    return min(roots, key=lambda root: abs(root - native_std), default=None)
+
+
+def published_sampler(scheduler, steps, credit):
+    """Of every step: timestep, at, ap, std, and the credit w that the loss uses."""
+    rows = schedule(scheduler, steps)
+    stds = [math.sqrt((1 - ap) / (1 - at) * (1 - at / ap)) for _, at, ap in rows]
+    credits_ = [credit_of(at, ap, std) for (_, at, ap), std in zip(rows, stds, strict=True)]
+    if credit == "proportionate":
+        target = sum(credits_) / steps
+        stds = [solve(at, ap, std, target) or std for (_, at, ap), std in zip(rows, stds, strict=True)]
+        credits_ = [target] * steps
+    return [(*row, std, weight) for row, std, weight in zip(rows, stds, credits_, strict=True)]
+
+
+def gaussian_log_prob(x, mean, std):
+    """Per row, a mean over the elements."""
+    log_prob = -((x - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))
+    return log_prob.flatten(1).mean(dim=1)
+
+
+def published_loss(trainer, trajectory, advantages):
+    """The mean over all rows of the published loss, in float64 behind the denoiser; also each row's log-ratio."""
+    config, policy = trainer.config, trainer.policy
+    samples, steps = trajectory.samples.shape[:2]
+    states = torch.cat([trajectory.samples, trajectory.latents[:, None]], dim=1).double()
+    advantages = advantages.double()
+    losses, log_ratios = [], []
+    for step, row in enumerate(published_sampler(policy.pipeline.scheduler, steps, config.credit)):
+        timestep, at, ap, std, weight = row
+        new = policy.predict(
+            trajectory.samples[:, step], torch.full((samples,), timestep), trajectory.conditioning
+        ).double()
+        old = trajectory.model_outputs[:, step].double()
+        x, x_prev = states[:, step], states[:, step + 1]
+        old_mean = ddim_mean(x, old, at, ap, std)
+        # the mean as far from the old one as the credit says; with the sampler's own, this is ddim_mean(x, new, ...)
+        new_mean = old_mean - weight * std * (new - old)
+        log_ratio = gaussian_log_prob(x_prev, new_mean, std) - gaussian_log_prob(x_prev, old_mean, std)
+        if config.objective == "pcpo":
+            loss = (config.clip_range * advantages.abs() - advantages * log_ratio).clamp(min=0)
+        else:
+            ratio = log_ratio.exp()
+            clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+            loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+        losses.append(loss)
+        log_ratios.append(log_ratio)
+    return torch.cat(losses).mean(), torch.cat(log_ratios)
+
+
+@pytest.mark.parametrize("credit", ["native", "proportionate"])
+@pytest.mark.parametrize("objective", ["ppo", "pcpo"])
+def test_gradients_are_those_of_the_published_losses(model, tmp_path, monkeypatch, objective, credit):
+    """DDPO, PCPO and what lies between: the gradient of an epoch's rows, before the first optimiser step and after.
+
+    Both sides share the denoiser, which runs in float32 on other batches here than there: its outputs differ by some
+    roundings, which the gradient of a random network passes on about tenfold. z carries the rounding of x', magnified
+    by 1/s, on one side alone.
+    """
+    trainer = make_trainer(
+        model,
+        tmp_path,
+        objective=objective,
+        credit=credit,
+        clip_range=2e-3,
+        learning_rate=3e-3,
+        # nothing but the sum of the micro-batches' gradients reaches the optimiser, twice
+        max_grad_norm=1e30,
+        num_inference_steps=4,
+        gradient_accumulation_steps=4,
+        inner_epochs=2,
+    )
+    update, found = trainer.update, []
+
+    def compare(trajectory, advantages):
+        parameters = trainer.policy.trainable_parameters()
+        with torch.enable_grad():
+            loss, log_ratio = published_loss(trainer, trajectory, advantages)
+            expected = torch.autograd.grad(loss, parameters)
+        got = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        found.append((got, torch.cat([gradient.flatten() for gradient in expected]), log_ratio.detach()))
+
+    def watched(trajectory, advantages, generator):
+        trainer.optimizer.register_step_pre_hook(lambda *_: compare(trajectory, advantages))
+        return update(trajectory, advantages, generator)
+
+    monkeypatch.setattr(trainer, "update", watched)
+    trainer.run_epoch(Signals())
+    assert len(found) == 2
+    # z = (x' - a x - b m)/s: four roundings of terms of order 1, magnified by 1/s
+    tolerance = 4 * EPS / trainer.table.std.min().item()
+    for got, expected, _ in found:
+        assert (got - expected).norm() <= tolerance * expected.norm()
+    on_policy, off_policy = (log_ratio for *_, log_ratio in found)
+    assert on_policy.abs().max() == 0
+    # the second gradient saw clipped rows, rows that are not, and ratios far enough from 1 to tell the losses apart
+    assert 0.2 < (off_policy.abs() > trainer.config.clip_range).double().mean() < 0.8
+    assert trainer.metrics.records == []
+
+
+def test_micro_batches_hold_every_row_once(model, tmp_path):
+    trainer = make_trainer(model, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (list(trainer.micro_batches(8, generator)) for _ in range(2))
+    for batches in (first, second):
+        assert {sample.shape for sample, _ in batches} == {(4,)}
+        rows = [(int(s), int(t)) for sample, step in batches for s, t in zip(sample, step, strict=True)]
+        assert sorted(rows) == [(sample, step) for sample in range(8) for step in range(3)]
+    # across samples and steps, and anew in every pass
+    assert any(len(step.unique()) > 1 and len(sample.unique()) > 1 for sample, step in first)
+    assert not all(torch.equal(a, b) for (a, _), (b, _) in zip(first, second, strict=True))
+
+
+def test_a_fraction_of_the_steps_is_drawn_for_every_sample(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, timestep_fraction=0.6)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.stack(rows, 1) for rows in trainer.micro_batches(32, generator)]
+    sample, step = torch.cat(rows).unbind(1)
+    # 0.6 of 3 steps is 2, distinct ones
+    assert sample.bincount().tolist() == [2] * 32
+    assert len(torch.stack([sample, step], 1).unique(dim=0)) == 64
+    assert step.bincount(minlength=3).min() > 10
+
+
+def test_deterministic_steps_are_never_trained(model, tmp_path):
+    """With set_alpha_to_one the last step of DDIM draws no noise."""
+    folder = save_stable_diffusion(
+        tmp_path / "model", set_alpha_to_one=True, timestep_spacing="leading", steps_offset=0
+    )
+    trainer = make_trainer(folder, tmp_path / "run")
+    assert trainer.table.trainable.tolist() == [True, True, False]
+    record = trainer.run_epoch(Signals())
+    assert record["update/clip_fraction_per_step"][2] is None
+    assert None not in record["update/clip_fraction_per_step"][:2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eta": 0.0, "credit": "native"}, "--eta 0.0 makes every step deterministic, .* use 1"),
+        ({"credit": "proportionate", "target_weight": 1e-3}, "the smallest that some step reaches is"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001 must lie between 1 and"),
+        ({"rewards": ("nothing",)}, "no reward is named 'nothing'"),
+    ],
+)
+def test_a_run_that_cannot_work_does_not_begin(model, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scheduler_that_is_not_affine_is_refused(tmp_path):
+    folder = save_stable_diffusion(tmp_path / "model", thresholding=True)
+    with pytest.raises(ValueError, match=r"DDIMScheduler has thresholding=True.* build it with .*thresholding=False"):
+        make_trainer(folder, tmp_path / "run")
+
+
+def rewards_of(trainer, monkeypatch, values):
+    """Every call of the trainer's reward finds these values, in turn."""
+    values = itertools.cycle(values)
+
+    def reward(images, prompts):
+        return torch.tensor([next(values) for _ in prompts])
+
+    monkeypatch.setitem(trainer.rewards.rewards, "jpeg_compressibility", (reward, 1.0))
+
+
+def test_rewards_that_are_not_finite_are_counted_and_left_out(model, tmp_path, monkeypatch):
+    trainer = make_trainer(model, tmp_path)
+    rewards_of(trainer, monkeypatch, [1.0, 2.0, math.nan, math.inf])
+    update, seen = trainer.update, []
+    monkeypatch.setattr(
+        trainer,
+        "update",
+        lambda trajectory, advantages, *rest: seen.append(advantages) or update(trajectory, advantages, *rest),
+    )
+    record = trainer.run_epoch(Signals())
+    assert record["reward/not_finite"] == 2
+    assert record["reward/mean"] == record["reward/jpeg_compressibility"] == 1.5
+    assert record["reward/std"] == 0.5
+    (advantages,) = seen
+    assert advantages[2:].tolist() == [0, 0]
+    assert advantages[0] < 0 < advantages[1]
+    assert record["update/skipped_steps"] == 0
+
+
+def test_an_epoch_without_a_finite_reward_is_an_error(model, tmp_path, monkeypatch):
+    trainer = make_trainer(model, tmp_path)
+    rewards_of(trainer, monkeypatch, [math.nan, math.inf])
+    with pytest.raises(
+        ValueError, match=r"every reward of epoch 1 is NaN or infinite \(jpeg_compressibility\).*diverged"
+    ):
+        trainer.run_epoch(Signals())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(model, tmp_path, monkeypatch, dtype):
+    """The first optimiser step of two meets a NaN: the weights and the optimiser are as if it had not been."""
+    trainer = make_trainer(model, tmp_path, dtype=dtype, gradient_accumulation_steps=1, num_inference_steps=2)
+    predict, calls = trainer.policy.predict, itertools.count(1)
+    # the rollout calls the denoiser twice, once a step
+    poisoned = 3
+    monkeypatch.setattr(
+        trainer.policy, "predict", lambda *inputs: predict(*inputs) * (math.nan if next(calls) == poisoned else 1)
+    )
+    parameters = trainer.policy.trainable_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    taken = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: taken.append([parameter.detach().clone() for parameter in parameters])
+    )
+    trainer.metrics.write(trainer.run_epoch(Signals()))
+    # the good step found the weights as they were, and its gradient finite
+    assert len(taken) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, taken[0], strict=True))
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    (record,) = records(tmp_path)
+    assert record["update/skipped_steps"] == 1
+    assert math.isfinite(record["update/grad_norm"])
+    assert record["update/loss"] is None
+
+
+def test_a_policy_that_differs_from_the_one_that_sampled_is_reported(model, tmp_path, monkeypatch, capfd):
+    trainer = make_trainer(model, tmp_path)
+    update = trainer.update
+
+    def shifted(trajectory, advantages, generator):
+        trajectory.model_outputs[:, 1] += 1e-3
+        return update(trajectory, advantages, generator)
+
+    monkeypatch.setattr(trainer, "update", shifted)
+    record = trainer.run_epoch(Signals())
+    first = record["update/first_abs_log_ratio_per_step"]
+    assert first[0] in (0, None) and first[2] in (0, None) and first[1] > 0
+    assert record["update/first_abs_log_ratio"] == first[1]
+    timestep = trainer.table.timesteps[1].item()
+    output = "".join(capfd.readouterr())
+    assert "warning: before the first update the policy must equal the one that sampled" in output
+    assert f"per timestep: {timestep}: {first[1]:.1e}" in output
+
+
+def test_prompts_are_distinct_while_there_are_enough(model, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("cat\n\n  dog \nhorse\n")
+    trainer = make_trainer(model, tmp_path / "run", prompts=str(path), prompts_per_epoch=8)
+    prompts = trainer._draw_prompts(torch.Generator().manual_seed(0))
+    drawn = prompts[::2]
+    assert prompts == [prompt for prompt in drawn for _ in range(2)]
+    assert set(drawn[:3]) == set(drawn[3:6]) == {"cat", "dog", "horse"}
+    assert len(set(drawn[6:])) == 2
+
+
+def test_evaluation_repeats_itself_and_does_not_train_on_its_noise(model, tmp_path, monkeypatch):
+    """The same images whenever it is called, with the sampler's native noise whatever the credit."""
+    trainer = make_trainer(model, tmp_path, credit="proportionate")
+    tables, indices = [], []
+    inner = trainer_module.rollout
+
+    def watched(policy, table, *arguments, first_index, **settings):
+        tables.append(table)
+        indices.append(first_index)
+        return inner(policy, table, *arguments, first_index=first_index, **settings)
+
+    monkeypatch.setattr(trainer_module, "rollout", watched)
+    first, second = trainer.evaluate("before"), trainer.evaluate("after")
+    assert first == second
+    assert (tmp_path / "samples_before.png").read_bytes() == (tmp_path / "samples_after.png").read_bytes()
+    trainer.run_epoch(Signals())
+    assert [table.credit for table in tables] == ["native", "native", "proportionate"]
+    assert indices[0] == indices[1] != indices[2]
+    assert first["eval/jpeg_incompressibility"] == -first["eval/reward"] > 0
