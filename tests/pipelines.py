@@ -4,6 +4,8 @@ Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWR
 """
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,3 +143,20 @@ def records(folder: Path) -> list[dict]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     parsed = [json.loads(line, parse_constant=refuse) for line in lines]
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]
+
+
+def at_call(count: int, file: str, act: Callable[[], object], function: str | None = None) -> None:
+    """Calls `act` at the `count`-th call that a file's code makes or takes, or that its `function` does.
+
+    Holds until sys.setprofile(None).
+    """
+
+    def profile(frame, event, argument):
+        nonlocal count
+        code = frame.f_code
+        if event in ("call", "c_call") and code.co_filename.endswith(file) and function in (None, code.co_name):
+            count -= 1
+            if count == 0:
+                act()
+
+    sys.setprofile(profile)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from pipelines import at_call
 from safetensors.torch import load_file, save_file
 
 from pcpo_fast import checkpoint
@@ -48,17 +49,8 @@ class Death(BaseException):
     """In the place of SIGKILL: nothing in the program catches it."""
 
 
-def die_at(count, code):
-    """Raises Death at the `count`-th call that this code, or a function it defines, makes; see sys.setprofile."""
-
-    def profile(frame, event, argument):
-        nonlocal count
-        if event in ("call", "c_call") and frame.f_code.co_filename == code:
-            count -= 1
-            if count == 0:
-                raise Death
-
-    sys.setprofile(profile)
+def die():
+    raise Death
 
 
 def test_a_resumed_state_continues_bit_for_bit(tmp_path):
@@ -149,7 +141,7 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
         checkpoints = Checkpoints(folder, keep=1)
         save(checkpoints, 1, *before)
         try:
-            die_at(count, checkpoint.__file__)
+            at_call(count, checkpoint.__file__, die)
             save(checkpoints, 2, *after)
             break
         except Death:
@@ -175,7 +167,7 @@ def test_a_file_is_replaced_at_once(tmp_path):
     for count in itertools.count(1):
         path.write_bytes(b"old")
         try:
-            die_at(count, checkpoint.__file__)
+            at_call(count, checkpoint.__file__, die)
             write_atomically(path, b"new")
             break
         except Death:

@@ -1,0 +1,537 @@
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from pipelines import SMALL, at_call, command, records, save_stable_diffusion
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pcpo_fast import train
+from pcpo_fast.config import PRESETS, Config, read_config, to_json
+from pcpo_fast.train import main, parse
+
+pytest_plugins = "pipelines"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPOCHS = 5
+LORA = "pytorch_lora_weights.safetensors"
+UNET = "diffusion_pytorch_model.safetensors"
+
+
+def final_weights(folder, name=LORA):
+    return load_file(sorted((folder / "checkpoints").iterdir())[-1] / "weights" / name)
+
+
+def assert_same_run(folder, expected, name=LORA):
+    """Metrics and the whole last checkpoint, bit for bit."""
+    assert records(folder) == records(expected)
+    last, expected_last = (sorted((run / "checkpoints").iterdir())[-1] for run in (folder, expected))
+    assert last.name == expected_last.name
+    for file in ("random.safetensors", "optimizer.safetensors", "state.json"):
+        assert (last / file).read_bytes() == (expected_last / file).read_bytes(), file
+    ours, theirs = final_weights(folder, name), final_weights(expected, name)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+# training, from a folder, by the command line
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tuning": "lora"},
+        {"tuning": "full"},
+        {"tuning": "lora", "dtype": "bf16", "objective": "ppo", "credit": "native"},
+    ],
+    ids=["pcpo-lora", "pcpo-full", "ddpo-lora-bf16"],
+)
+def test_two_epochs(model, tmp_path, settings):
+    run = tmp_path / "run"
+    assert main(command(model, run, keep_checkpoints=3, **settings)) == 0
+    before, first, second = records(run)
+    assert [record["epoch"] for record in (before, first, second)] == [0, 1, 2]
+    for record in (first, second):
+        assert record["update/first_abs_log_ratio"] == 0
+        # some steps may have had no row before the first update
+        assert set(record["update/first_abs_log_ratio_per_step"]) <= {0, None}
+        assert record["update/abs_log_ratio"] > 0
+        assert record["update/grad_norm"] > 0
+        assert record["update/skipped_steps"] == record["reward/not_finite"] == 0
+    assert before.keys() == {key for key in second if key.startswith("eval/")} | {"epoch"}
+
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["epoch-000001", "epoch-000002"]
+    name = UNET if settings["tuning"] == "full" else LORA
+    one, two = (load_file(path / "weights" / name) for path in checkpoints)
+    if settings["tuning"] == "full":
+        start = load_file(model / "unet" / name)
+    else:
+        # the half of an adapter that starts at 0
+        start = {key: torch.zeros_like(value) for key, value in one.items() if "lora_B" in key}
+    for old, new in ((start, one), (one, two)):
+        unchanged = {key for key, value in old.items() if torch.equal(value, new[key])}
+        # self-attention over the one position of the lowest level has no gradient for its queries and keys
+        assert all(re.search(r"mid_block.*attn1\.to_[qk]", key) for key in unchanged)
+
+
+def test_frozen_weights_do_not_change(model, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train, "_announce", made.append)
+    assert main(command(model, tmp_path / "run")) == 0
+    (trainer,) = made
+    pipeline = trainer.policy.pipeline
+    for part, file in (("unet", UNET), ("vae", UNET), ("text_encoder", "model.safetensors")):
+        saved = load_file(model / part / file)
+        now = {
+            key.replace(".base_layer", "").removeprefix("text_model."): value
+            for key, value in getattr(pipeline, part).state_dict().items()
+            if "lora_" not in key
+        }
+        saved = {key.removeprefix("text_model."): value for key, value in saved.items()}
+        assert now.keys() >= saved.keys()
+        assert all(torch.equal(now[key], value) for key, value in saved.items())
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Few enough that every prompt comes back, and its buffer matters."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("cat\ndog\na horse\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def long(model, prompts):
+    """Builds the command line of the run that the tests below cut off; each wants its own folder."""
+    settings = {
+        "prompts": prompts,
+        "epochs": EPOCHS,
+        "advantage": "prompt",
+        "prompt_buffer_size": 5,
+        "prompt_buffer_min": 3,
+        "eval_every": 2,
+    }
+    return lambda folder, **others: command(model, folder, **(settings | others))
+
+
+@pytest.fixture(scope="module")
+def whole(long, tmp_path_factory):
+    """That run's folder, never cut off, made by a fresh process."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = subprocess.run(
+        [sys.executable, "-m", "pcpo_fast.train", *long(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "before and" in done.stdout
+    assert f"pictures, curves and weights: {folder}" in done.stdout
+    return folder
+
+
+def test_metrics_are_in_tensorboard_too(whole):
+    events = EventAccumulator(str(whole / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    for record in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()):
+        for key, value in record.items():
+            if isinstance(value, int | float) and key != "epoch":
+                (scalar,) = (event.value for event in events.Scalars(key) if event.step == record["epoch"])
+                # TensorBoard keeps float32
+                assert scalar == pytest.approx(value, rel=1e-6)
+                tags = [tag for tag in tags if tag != key]
+    assert tags == []
+
+
+def test_pictures(whole):
+    """Two images of 64x64 with a gap of 2, and the figure; none is blank, and training changed the images."""
+    sizes = {"samples_before.png": (130, 64), "samples_after.png": (130, 64), "curves.png": (1560, 456)}
+    for name, size in sizes.items():
+        with Image.open(whole / name) as image:
+            image.load()
+            assert image.format == "PNG"
+            assert image.size == size
+            assert max(high - low for low, high in image.convert("RGB").getextrema()) > 20
+    assert (whole / "samples_before.png").read_bytes() != (whole / "samples_after.png").read_bytes()
+
+
+# cut off and resumed
+
+
+def run_until(arguments, file, function, count):
+    """Runs a command line and dies of SIGKILL at the `count`-th call in the file's `function`, or anywhere in it."""
+    torch.set_num_threads(1)
+    at_call(count, file, functools.partial(os.kill, os.getpid(), signal.SIGKILL), function)
+    sys.exit(main(arguments))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(long, whole, tmp_path):
+    """Each kill comes at a random call, of which there are more before a process has finished two epochs."""
+    kills = [
+        ("pcpo_fast/ops.py", None, 400),
+        ("pcpo_fast/checkpoint.py", "_flush", 30),
+        ("pcpo_fast/trainer.py", None, 200),
+        ("pcpo_fast/checkpoint.py", None, 300),
+        ("pcpo_fast/metrics.py", None, 150),
+    ]
+    generator = random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pcpo_fast.train", "diffusers", "peft", "torch.utils.tensorboard"])
+    run = tmp_path / "run"
+    left = []
+    for index, (file, function, bound) in enumerate(kills):
+        arguments = long(run, resume=True) if index else long(run)
+        process = context.Process(target=run_until, args=(arguments, file, function, generator.randint(1, bound)))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        left += run.glob("checkpoints/*.partial")
+    # some died while a checkpoint was being written
+    assert left
+    assert main(long(run, resume=True)) == 0
+    assert_same_run(run, whole)
+    assert not list(run.rglob("*.partial"))
+    assert (run / "config.json").read_text() == (whole / "config.json").read_text().replace(str(whole), str(run))
+
+
+@pytest.mark.parametrize(
+    ("number", "file", "function", "count"),
+    [
+        # the first epoch's rollout comes after the evaluation's, which has 3 steps of one batch
+        (signal.SIGINT, "pcpo_fast/rollout.py", "rollout", 10),
+        (signal.SIGTERM, "pcpo_fast/policies.py", "predict", 30),
+        (signal.SIGINT, "pcpo_fast/ops.py", "policy_loss", 20),
+        (signal.SIGTERM, "pcpo_fast/metrics.py", "save_curves", 5),
+    ],
+    ids=["evaluation", "rollout", "update", "between"],
+)
+def test_signals_save_and_leave(long, whole, tmp_path, capfd, number, file, function, count):
+    run = tmp_path / "run"
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    at_call(count, file, functools.partial(signal.raise_signal, number), function)
+    try:
+        # no checkpoint is due in the middle of the run
+        status = main(long(run, checkpoint_every=100))
+    finally:
+        sys.setprofile(None)
+    assert status == 128 + number
+    output = "".join(capfd.readouterr())
+    assert f"{number.name}: saving, then leaving" in output
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    epoch = json.loads((checkpoint / "state.json").read_text())["epoch"]
+    assert epoch < EPOCHS
+    assert f"Stopped after epoch {epoch}; continue with --output-dir {run} --resume" in output
+    assert [record["epoch"] for record in records(run)][-1:] in ([epoch], [])
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert main(long(run, resume=True)) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_second_signal_leaves_at_once(long, tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    at_call(30, "pcpo_fast/policies.py", twice, "predict")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            main(long(tmp_path / "run"))
+    finally:
+        sys.setprofile(None)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tuning": "full", "dtype": "fp16"}, {"dtype": "bf16"}], ids=["full-fp16", "bf16"]
+)
+def test_resuming_at_every_epoch(long, tmp_path, settings):
+    name = UNET if settings.get("tuning") == "full" else LORA
+    whole = tmp_path / "whole"
+    assert main(long(whole, epochs=3, keep_checkpoints=9, **settings)) == 0
+    for epoch in (1, 2):
+        run = shutil.copytree(whole, tmp_path / str(epoch))
+        for later in range(epoch + 1, 4):
+            shutil.rmtree(run / "checkpoints" / f"epoch-{later:06d}")
+        assert main(long(run, epochs=3, keep_checkpoints=9, resume=True, **settings)) == 0
+        assert_same_run(run, whole, name)
+
+
+def test_resuming_repairs_the_metrics_and_needs_only_the_folder(whole, tmp_path):
+    """The saved settings are used; a line that a kill cut off is dropped; partial checkpoints are removed."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    last = run / "checkpoints" / f"epoch-{EPOCHS:06d}"
+    last.rename(last.with_suffix(".partial"))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 6, "rew')
+    assert main(["--output-dir", str(run), "--resume"]) == 0
+    assert_same_run(run, whole)
+    assert not list(run.rglob("*.partial"))
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    assert main(["--output-dir", str(run), "--resume"]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert_same_run(run, whole)
+
+
+def test_resuming_with_more_epochs_and_another_learning_rate(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    assert main(["--output-dir", str(run), "--resume", "--epochs", "6", "--learning-rate", "1e-12"]) == 0
+    assert [record["epoch"] for record in records(run)] == list(range(7))
+    assert records(run)[: EPOCHS + 1] == records(whole)
+    before, after = final_weights(whole), final_weights(run)
+    assert all((after[key] - value).abs().max() < 1e-9 for key, value in before.items())
+
+
+# errors
+
+
+@pytest.fixture
+def own_rewards(tmp_path, monkeypatch):
+    """A module beside the user, with rewards of all kinds."""
+    (tmp_path / "my_rewards.py").write_text(
+        "import math\n"
+        "def red(images, prompts): return images[:, 0].mean(dim=(1, 2))\n"
+        "def nan(images, prompts): return [math.nan] * len(prompts)\n"
+        "def one(images, prompts): return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_reward_of_the_users_own(model, tmp_path, own_rewards):
+    run = tmp_path / "run"
+    rewards = ("my_rewards:red=10", "jpeg_compressibility=0.5")
+    assert main(command(model, run, rewards=rewards, epochs=1)) == 0
+    record = records(run)[1]
+    parts = 10 * record["reward/my_rewards:red"] + 0.5 * record["reward/jpeg_compressibility"]
+    assert record["reward/mean"] == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [("my_rewards:nan", "every reward of epoch 1 is NaN or infinite"), ("my_rewards:one", "returned shape")],
+)
+def test_rewards_that_fail_are_named(model, tmp_path, own_rewards, reward, message):
+    with pytest.raises(ValueError, match=message):
+        main(command(model, tmp_path / "run", rewards=(reward,)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Input files that cannot be used."""
+    (tmp_path / "empty.txt").write_text(" \n\n")
+    for name, text in {
+        "broken": '{"epochs": 3',
+        "list": "[1]",
+        "unknown": '{"epoch": 3}',
+        "type": '{"epochs": "ten"}',
+        "half": '{"epochs": 2.5}',
+        "choice": '{"objective": "grpo"}',
+        "null": '{"seed": null}',
+        "text": '{"rewards": "jpeg_compressibility"}',
+    }.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--prompts nofile.txt", "'nofile.txt' is no file and no built-in list; give a text file .*animals"),
+        ("--prompts empty.txt", "the prompt file empty.txt is empty; write one prompt a line"),
+        ("--model nowhere", "'nowhere' is no diffusers pipeline: there is no nowhere/model_index.json. Give a folder"),
+        ("--model owner/not-there-at-all", "owner/not-there-at-all"),
+        ("--device gpu", "--device gpu is not supported; choose auto, cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device cuda:99 is not there: this machine shows .*; use --device auto or cpu"),
+        ("--rewards nothing", "no reward is named 'nothing'; choose one of digit_alignment"),
+        ("--rewards not_there:f", "needs the module 'not_there'"),
+        ("--rewards math:nothing", "module math has no function 'nothing'"),
+        ("--group-size 3", "2 x --group-size 3 = 6 images do not divide .* 4; .* choose a divisor of 6"),
+        ("--group-size 1 --micro-batch-size 2", "--group-size is 1: give a group size of at least 2, or choose"),
+        ("--num-inference-steps 1001", "num_inference_steps=1001 must lie between 1 and the schedule's 1000"),
+        ("--target-weight 1e-3", "target_weight=0.001 is below .*: the smallest that some step reaches is"),
+        ("--eta 0", "every std is 0; use eta > 0"),
+        ("--eta 0 --credit native", "--eta 0.0 makes every step deterministic, .* use 1"),
+        ("--epochs 0", "--epochs 0 must be a finite number above 0"),
+        ("--learning-rate nan", "--learning-rate nan must be a finite number above 0"),
+        ("--clip-range -1", "--clip-range -1.0 must be"),
+        ("--seed -1", "--seed -1 must be a finite number, 0 or above"),
+        ("--adam-beta2 1", r"--adam-beta2 1.0 must lie in \[0, 1\)"),
+        ("--guidance-scale 0.5", "--guidance-scale 0.5 must be at least 1"),
+        ("--timestep-fraction 0", r"--timestep-fraction 0.0 must lie in \(0, 1\]"),
+        ("--resolution 0", "--resolution 0 must be above 0; leave it out for the model's own"),
+        ("--prompt-buffer-min 20", "--prompt-buffer-min 20 is never reached with --prompt-buffer-size 16"),
+        ("--config none.json", "the config file none.json does not exist"),
+        ("--config broken.json", "the config file broken.json is not JSON: .*line 1"),
+        ("--config list.json", "the config file list.json must hold a JSON object of settings"),
+        ("--config unknown.json", "the config file unknown.json names unknown settings: epoch"),
+        ("--config type.json", "gives epochs as 'ten', which is no int"),
+        ("--config half.json", "gives epochs as 2.5, which is no int"),
+        ("--config choice.json", r"gives objective as 'grpo', which is no Literal\['pcpo', 'ppo'\]"),
+        ("--config null.json", "gives seed as None, which is no int"),
+        ("--config text.json", "gives rewards as 'jpeg_compressibility', which is no tuple"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_made(model, files, monkeypatch, capsys, given, message):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = {name: value for name, value in SMALL.items() if not given.startswith("--config")}
+    run = files / "run"
+    arguments = ["--model", str(model), "--output-dir", str(run)]
+    if settings:
+        arguments = command(model, run)
+    assert main([*arguments, *given.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search("error: .*" + message, error), error
+    assert not run.exists()
+    assert not (files / "runs").exists()
+
+
+def test_xformers_that_is_not_installed_is_refused(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(command(model, tmp_path / "run", attention="xformers")) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'pcpo-fast[xformers]', or use --attention sdpa" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_scheduler_that_is_not_affine_is_refused(tmp_path, capsys):
+    folder = save_stable_diffusion(tmp_path / "model", thresholding=True)
+    assert main(command(folder, tmp_path / "run")) == 2
+    assert "thresholding=True" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--epoch", "3"], ["--objective", "grpo"], ["--epochs", "x"], ["3"]])
+def test_unknown_flags_and_values_are_refused(model, tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as error:
+        main([*command(model, tmp_path / "run"), *arguments])
+    assert error.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_presets_are_refused(capsys):
+    assert main(["sd14", "--epochs", "3"]) == 2
+    assert "no preset is named 'sd14'; choose one of digits, sd15, or give none for digits" in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(whole, long, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert main(long(whole)) == 2
+    assert f"--output-dir {whole} holds a run already; add --resume to continue it" in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--lora-rank 8", "has lora_rank 4, which its checkpoints depend on, and was to be resumed with 8"),
+        ("--lora-alpha 8", "has lora_alpha 4"),
+        ("--tuning full", "has tuning 'lora', .* resumed with 'full'; leave the setting out, or start another run"),
+        ("--lora-target-modules to_q", "has lora_target_modules"),
+    ],
+)
+def test_resuming_with_another_adapter_is_refused(whole, capsys, given, message):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert main(["--output-dir", str(whole), "--resume", *given.split()]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_needs_a_folder(capsys):
+    assert main(["--resume"]) == 2
+    assert "--resume needs --output-dir, the folder of the run to continue" in capsys.readouterr().err
+
+
+# settings
+
+
+def test_the_command_line_overrides_the_file_which_overrides_the_preset(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"seed": 7, "epochs": 3, "rewards": ["jpeg_incompressibility=2"], "target_weight": 1}')
+    for spelling in (["--config", str(file)], [f"--config={file}"]):
+        preset, config = parse(["sd15", *spelling, "--epochs", "4", "--group_size", "8"])
+        assert preset == "sd15"
+        expected = dataclasses.replace(
+            PRESETS["sd15"],
+            seed=7,
+            epochs=4,
+            group_size=8,
+            rewards=("jpeg_incompressibility=2",),
+            target_weight=1,
+            learning_rate=3e-4,
+        )
+        assert config == expected
+    assert parse([]) == ("digits", PRESETS["digits"].resolved())
+
+
+@pytest.mark.parametrize(("tuning", "learning_rate"), [("lora", 3e-4), ("full", 1e-5)])
+def test_the_learning_rate_depends_on_the_tuning(tuning, learning_rate):
+    assert parse(["--tuning", tuning])[1].learning_rate == learning_rate
+    assert parse(["--tuning", tuning, "--learning-rate", "0.5"])[1].learning_rate == 0.5
+
+
+def test_what_was_resolved_is_saved(whole, long, tmp_path):
+    _, resolved = parse(long(whole))
+    saved = Config(**read_config(whole / "config.json"))
+    assert saved == resolved
+    # and another run can start from it
+    assert parse(["--config", str(whole / "config.json")])[1] == resolved
+    for preset in PRESETS.values():
+        (tmp_path / "preset.json").write_text(to_json(preset))
+        assert Config(**read_config(tmp_path / "preset.json")) == preset
+
+
+def test_resuming_uses_the_saved_settings(whole):
+    _, saved = parse(["--config", str(whole / "config.json")])
+    assert parse(["--output-dir", str(whole), "--resume"])[1] == dataclasses.replace(saved, resume=True)
+    other = parse(["--output-dir", str(whole), "--resume", "--epochs", "9", "--seed=3"])[1]
+    assert other == dataclasses.replace(saved, resume=True, epochs=9, seed=3)
+
+
+def test_run_folders_do_not_collide(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = command(model, tmp_path, epochs=1)
+    place = arguments.index("--output-dir")
+    arguments = arguments[:place] + arguments[place + 2 :]
+    for folder in ("runs/digits", "runs/digits-2"):
+        assert main(arguments) == 0
+        assert (tmp_path / folder / "config.json").is_file()
+
+
+def test_help_documents_every_setting(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    documented = {
+        node.target.id: " ".join(doc.value.value.split())
+        for node, doc in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+    assert list(documented) == [field.name for field in dataclasses.fields(Config)]
+    for name, doc in documented.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert doc in text
+    assert "--config FILE" in text
