@@ -124,19 +124,22 @@ def test_gradients_are_those_of_the_published_losses(model, tmp_path, monkeypatc
             loss, log_ratio = published_loss(trainer, trajectory, advantages)
             expected = torch.autograd.grad(loss, parameters)
         got = torch.cat([parameter.grad.flatten() for parameter in parameters])
-        found.append((got, torch.cat([gradient.flatten() for gradient in expected]), log_ratio.detach()))
+        expected = torch.cat([gradient.flatten() for gradient in expected])
+        found.append((got, expected, loss.item(), log_ratio.detach()))
 
     def watched(trajectory, advantages, generator):
         trainer.optimizer.register_step_pre_hook(lambda *_: compare(trajectory, advantages))
         return update(trajectory, advantages, generator)
 
     monkeypatch.setattr(trainer, "update", watched)
-    trainer.run_epoch(Signals())
+    record = trainer.run_epoch(Signals())
     assert len(found) == 2
     # z = (x' - a x - b m)/s: four roundings of terms of order 1, magnified by 1/s
     tolerance = 4 * EPS / trainer.table.std.min().item()
-    for got, expected, _ in found:
+    for got, expected, *_ in found:
         assert (got - expected).norm() <= tolerance * expected.norm()
+    losses = [loss for *_, loss, _ in found]
+    assert record["update/loss"] == pytest.approx(sum(losses) / 2, rel=tolerance)
     on_policy, off_policy = (log_ratio for *_, log_ratio in found)
     assert on_policy.abs().max() == 0
     # the second gradient saw clipped rows, rows that are not, and ratios far enough from 1 to tell the losses apart
