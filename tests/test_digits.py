@@ -49,9 +49,9 @@ def test_shipped_files_are_small():
 
 
 def test_latents_have_unit_variance():
-    latents = build_digits.encode(pipeline().vae, data()[0])
-    assert latents.shape == (1797, *build_digits.LATENT_SHAPE)
-    assert latents.std().item() == pytest.approx(1, abs=0.02)
+    latents = build_digits.encode(pipeline().vae, data()[0][:600])
+    assert latents.shape == (600, *build_digits.LATENT_SHAPE)
+    assert latents.std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_autoencoder_returns_the_digit_it_was_given():
@@ -63,12 +63,13 @@ def test_autoencoder_returns_the_digit_it_was_given():
 
 
 def test_pictures_show_the_prompted_digit_often_but_not_always():
-    texts = shipped_prompts() * 4
+    texts = shipped_prompts() * 3
     images = build_digits.generate(pipeline(), texts, seed=1234)
-    assert images.shape == (320, 3, 32, 32)
+    assert images.shape == (240, 3, 32, 32)
     # below, the model cannot draw; above, alignment has nothing left to do
     assert 0.65 <= digits.accuracy(images, texts).mean() <= 0.95
-    elsewhere = texts[160:] + texts[:160]
+    # half of the 80 prompts further on, every prompt names a digit five away
+    elsewhere = texts[40:] + texts[:40]
     assert digits.alignment(images, texts).mean() > digits.alignment(images, elsewhere).mean() + 2
 
 
