@@ -78,9 +78,16 @@ class StableDiffusionPolicy:
                 f"--model {config.model!r} is no diffusers pipeline: there is no {model}/model_index.json. Give a "
                 "folder that DiffusionPipeline.save_pretrained wrote, a hub name (owner/name), or digits"
             )
+        source = Path(model).expanduser() if is_path else model
+        index: Any = StableDiffusionPipeline.load_config(source)
+        kind = index["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise ValueError(
+                f"--model {config.model!r} is a {kind}, which this policy cannot run; give a StableDiffusionPipeline"
+            )
         dtype = DTYPES[config.dtype]
         pipeline = StableDiffusionPipeline.from_pretrained(
-            Path(model).expanduser() if is_path else model,
+            source,
             torch_dtype={"default": dtype, "unet": dtype if config.tuning == "lora" else torch.float32},
             safety_checker=None,
             requires_safety_checker=False,

@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 
 import pytest
 import torch
@@ -194,3 +195,11 @@ def test_a_policy_needs_no_folder(tmp_path):
     """A pipeline that is in memory already can be aligned too."""
     policy = StableDiffusionPolicy(stable_diffusion(), Config(), torch.device("cpu"))
     assert policy.predict(*inputs(policy)).requires_grad
+
+
+def test_another_pipeline_is_refused(model, tmp_path):
+    shutil.copytree(model, tmp_path / "other")
+    index = tmp_path / "other" / "model_index.json"
+    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"'))
+    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline"):
+        make_policy(tmp_path / "other")
