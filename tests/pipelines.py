@@ -88,6 +88,7 @@ def save_stable_diffusion(folder: Path, **scheduler_settings) -> Path:
 
 # settings of the smallest run in which everything happens
 SMALL = {
+    "tuning": "lora",
     "prompts": "animals",
     "rewards": ("jpeg_compressibility",),
     "eval_rewards": ("jpeg_incompressibility",),

@@ -486,8 +486,8 @@ def test_the_command_line_overrides_the_file_which_overrides_the_preset(tmp_path
 
 @pytest.mark.parametrize(("tuning", "learning_rate"), [("lora", 3e-4), ("full", 1e-5)])
 def test_the_learning_rate_depends_on_the_tuning(tuning, learning_rate):
-    assert parse(["--tuning", tuning])[1].learning_rate == learning_rate
-    assert parse(["--tuning", tuning, "--learning-rate", "0.5"])[1].learning_rate == 0.5
+    assert parse(["sd15", "--tuning", tuning])[1].learning_rate == learning_rate
+    assert parse(["sd15", "--tuning", tuning, "--learning-rate", "0.5"])[1].learning_rate == 0.5
 
 
 def test_what_was_resolved_is_saved(whole, long, tmp_path):
