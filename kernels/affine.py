@@ -20,15 +20,39 @@ LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)
 
 
 @triton.jit
-def coefficient(table_ptr, step_ptr, row, COLUMN: tl.constexpr):
-    """One table entry at the row's step."""
-    return tl.load(table_ptr + tl.load(step_ptr + row) * COLUMNS + COLUMN)
+def split_of_row(numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row, the offset of the row's first element, the first column of its split, all its columns, and
+    which of them exist."""
+    program = tl.program_id(0)
+    # 64 bits before any address
+    row = (program // SPLITS).to(tl.int64)
+    start = program % SPLITS * BLOCK
+    column = start + tl.arange(0, BLOCK)  # [BLOCK]
+    return row, row * numel, start, column, column < numel
+
+
+@triton.jit
+def coefficient(table_ptr, step, COLUMN: tl.constexpr):
+    """One entry of the table's row for this step."""
+    return tl.load(table_ptr + step * COLUMNS + COLUMN)
+
+
+@triton.jit
+def load(ptr, column, mask):
+    """A part of a row in float32."""
+    return tl.load(ptr + column, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def inverse(std):
     """1/s, and 0 for a deterministic step."""
     return tl.where(std > 0, tl.div_rn(1.0, tl.where(std > 0, std, 1.0)), 0.0)
+
+
+@triton.jit
+def guided_output(cond, uncond, guidance_scale, DTYPE: tl.constexpr):
+    """u + g (c - u), rounded once to the model's dtype."""
+    return tl.fma(guidance_scale, cond - uncond, uncond).to(DTYPE)
 
 
 @triton.jit

@@ -1,26 +1,66 @@
-"""Launch settings: how a row is cut into programs, and how large a program is.
+"""Launch settings: how a row is cut into programs, how large a program is, and how a row's programs end together.
 
 A table, not autotuning: the bits of a sum depend on the block, so the block may depend on the row's length alone. Then
 the same inputs give the same bits on every run, and a row alone gives the same bits as in a batch.
+
+The programs of a row leave partial sums, and the last of them to arrive adds these up, in the same order whoever it
+is. That keeps an op one launch. Arrivals are counted in integers, which atomics add exactly.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 
 
 class Launch(NamedTuple):
+    """Settings for rows of up to `longest` elements (None: any longer row)."""
+
+    longest: int | None
     block: int
     num_warps: int
 
 
-# the smallest entry that holds the row, else the last one
-TABLE = (Launch(1024, 4), Launch(4096, 4))
-# a second kernel reduces a row's partial sums with this many warps
-REDUCE_WARPS = 4
+TABLE = (Launch(256, 256, 1), Launch(1024, 1024, 4), Launch(65_536, 2048, 4), Launch(None, 4096, 8))
+
+# per device and stream, since two kernels that run at once must not count in the same place
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def launch(numel: int) -> tuple[Launch, int]:
-    """The settings for rows of this length, and the number of programs per row."""
-    settings = next((entry for entry in TABLE if entry.block >= numel), TABLE[-1])
-    return settings, triton.cdiv(numel, settings.block)
+def launch(numel: int) -> tuple[dict[str, int], int]:
+    """The settings for rows of this length, as a kernel takes them, and the number of programs per row."""
+    if numel >= 2**31:
+        raise ValueError(f"a row has {numel} elements; the kernels take fewer than 2**31: cut it into several rows")
+    settings = next(entry for entry in TABLE if entry.longest is None or entry.longest >= numel)
+    splits = triton.cdiv(numel, settings.block)
+    constants = {"SPLITS": splits, "SPLITS_BLOCK": triton.next_power_of_2(splits), "BLOCK": settings.block}
+    return constants | {"num_warps": settings.num_warps}, splits
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def tickets(count: int, device: torch.device) -> Tensor:
+    """`count` counters that are 0. Whoever counts with them leaves them at 0."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        # a captured graph gets counters of its own: it may be replayed beside other work
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _tickets or len(_tickets[key]) < count:
+        _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+@triton.jit
+def is_last(ticket_ptr, count):
+    """Whether this is the last of `count` programs to get here. What they stored before can then be read, past the
+    first-level cache (".cg")."""
+    # every thread's stores come before this program's ticket
+    tl.debug_barrier()
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(ticket_ptr, 0)
+    return last

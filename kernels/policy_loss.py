@@ -1,10 +1,13 @@
-"""Clipped policy-gradient losses and their gradient: reduce, scalar epilogue, one elementwise write.
+"""Clipped policy-gradient losses and their gradient, in one launch and one pass.
 
-With e = m_new - m_old, a row needs S1 = <e, z>, S2 = <e, e> (and S3 = <m_new - m_ref, m_new - m_ref>): its log-ratio is
--(w S1 + w^2 S2/2), and its gradient a per-row coefficient times the direction z + w e. The direction does not need the
-sums, so each program reads its part of the row once, writes the direction and leaves three partial sums. A second
-kernel adds a row's partial sums in a fixed order and turns them into the row's scalars: that is the epilogue, the only
-place where the objectives differ.
+With e = m_new - m_old, a row needs the sum <e, z + w e/2> (and <m_new - m_ref, m_new - m_ref> for KL): its log-ratio is
+-w times that, and its gradient a per-row coefficient times the direction z + w e. The direction does not need the
+sum, so each program reads its part of the row once, writes the direction and leaves its partial sums: a row that is
+split over programs needs no second read. The row's last program adds the partial sums in a fixed order and turns them
+into the row's scalars (`_objective`, the only place where the objectives differ); the last row's takes the mean.
+
+z is read, or drawn again from its Philox key, or made from the stored states. m_new is read, or combined from the
+conditional and the unconditional output.
 """
 
 import math
@@ -14,47 +17,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import NATIVE_WEIGHT, WEIGHT, coefficient
-from .launch import REDUCE_WARPS, launch
+from .affine import (
+    INTERVAL,
+    NATIVE_WEIGHT,
+    OUTPUT_COEF,
+    SAMPLE_COEF,
+    STD,
+    WEIGHT,
+    affine_mean,
+    coefficient,
+    guided_output,
+    inverse,
+    load,
+    split_of_row,
+)
+from .launch import contiguous, is_last, launch, tickets
+from .philox import normal_block
 
-SUMS = tl.constexpr(3)
-
-
-@triton.jit
-def _policy_loss_fwd_kernel(
-    new_ptr,
-    old_ptr,
-    noise_ptr,
-    ref_ptr,
-    table_ptr,
-    step_ptr,
-    direction_ptr,
-    partial_ptr,
-    numel,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program writes the direction of one split of one row, and the split's three partial sums."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // SPLITS
-    column = program % SPLITS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < numel
-    offset = row * numel + column
-    weight = coefficient(table_ptr, step_ptr, row, WEIGHT)
-
-    new = tl.load(new_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    old = tl.load(old_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    noise = tl.load(noise_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    e = new - old
-    direction = tl.fma(weight, e, noise)
-    tl.store(direction_ptr + offset, direction.to(direction_ptr.dtype.element_ty), mask)
-
-    partial_ptr += program * SUMS
-    tl.store(partial_ptr, tl.sum(e * noise))
-    tl.store(partial_ptr + 1, tl.sum(e * e))
-    if ref_ptr is not None:
-        ref = tl.load(ref_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-        tl.store(partial_ptr + 2, tl.sum((new - ref) * (new - ref)))
+SUMS = tl.constexpr(2)
+ROWS_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
@@ -66,7 +47,7 @@ def _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE: tl.
         loss = tl.where(clipped, 0.0, clip_range * tl.abs(advantage) - advantage * log_ratio)
         slope = advantage
     else:
-        tl.static_assert(OBJECTIVE == "ppo")
+        tl.static_assert(OBJECTIVE == "ppo" or OBJECTIVE == "guard")
         above = (advantage > 0) & (log_ratio > highest)
         below = (advantage < 0) & (log_ratio < lowest)
         clipped = above | below
@@ -76,58 +57,181 @@ def _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE: tl.
 
 
 @triton.jit
-def _policy_loss_rows_kernel(
+def _finish_batch(row_loss_ptr, loss_ptr, rows):
+    """Writes the mean of the rows' losses."""
+    total = 0.0
+    for first in range(0, rows, ROWS_BLOCK):
+        row = first + tl.arange(0, ROWS_BLOCK)  # [ROWS_BLOCK]
+        total += tl.sum(tl.load(row_loss_ptr + row, row < rows, other=0.0, cache_modifier=".cg"))
+    tl.store(loss_ptr, total / rows)
+
+
+@triton.jit
+def _finish_row(
     partial_ptr,
     table_ptr,
-    step_ptr,
+    step,
+    row,
     advantage_ptr,
+    ticket_ptr,
+    row_loss_ptr,
     loss_ptr,
     log_ratio_ptr,
     clipped_ptr,
     coefficients_ptr,
     scale,
-    gradient_scale,
     clip_range,
     highest,
     lowest,
     kl_weight,
+    rows,
+    HAS_REF: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
-    OBJECTIVE: tl.constexpr,
-    HAS_REF: tl.constexpr,
 ):
-    """One program adds one row's partial sums and writes its loss, log-ratio, clipped and gradient coefficients."""
-    row = tl.program_id(0).to(tl.int64)
+    """Adds a row's partial sums and writes its loss, log-ratio, clipped and coefficients; the last row's, the mean."""
     split = tl.arange(0, SPLITS_BLOCK)  # [SPLITS_BLOCK]
-    mask = split < SPLITS
     partial_ptr += (row * SPLITS + split) * SUMS
-    ez = tl.sum(tl.load(partial_ptr, mask, other=0.0))
-    ee = tl.sum(tl.load(partial_ptr + 1, mask, other=0.0))
-    weight = coefficient(table_ptr, step_ptr, row, WEIGHT)
-    advantage = tl.load(advantage_ptr + row).to(tl.float32)
-
-    log_ratio = -scale * (weight * ez + 0.5 * weight * weight * ee)
-    loss, slope, clipped = _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE)
-    if HAS_REF:
-        native_weight = coefficient(table_ptr, step_ptr, row, NATIVE_WEIGHT)
-        kl = kl_weight * native_weight * native_weight
-        loss += 0.5 * scale * kl * tl.sum(tl.load(partial_ptr + 2, mask, other=0.0))
-        tl.store(coefficients_ptr + 2 * row + 1, gradient_scale * kl)
-        tl.store(coefficients_ptr + 2 * row, gradient_scale * slope * weight)
-    else:
-        tl.store(coefficients_ptr + row, gradient_scale * slope * weight)
-    tl.store(loss_ptr + row, loss)
+    present = split < SPLITS
+    weight = coefficient(table_ptr, step, WEIGHT)
+    row_scale = 1.0
+    if OBJECTIVE == "guard":
+        weight *= coefficient(table_ptr, step, STD)
+        row_scale = tl.div_rn(1.0, coefficient(table_ptr, step, INTERVAL))
+    log_ratio = -scale * weight * tl.sum(tl.load(partial_ptr, present, other=0.0, cache_modifier=".cg"))
     tl.store(log_ratio_ptr + row, log_ratio)
-    tl.store(clipped_ptr + row, clipped)
+    if OBJECTIVE == "log_ratio":
+        tl.store(coefficients_ptr + row, -scale * weight)
+    else:
+        advantage = tl.load(advantage_ptr + row).to(tl.float32)
+        loss, slope, clipped = _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE)
+        loss *= row_scale
+        gradient_scale = scale / rows
+        coefficients_ptr += row * (2 if HAS_REF else 1)
+        tl.store(coefficients_ptr, gradient_scale * row_scale * slope * weight)
+        if HAS_REF:
+            away = tl.sum(tl.load(partial_ptr + 1, present, other=0.0, cache_modifier=".cg"))
+            native_weight = coefficient(table_ptr, step, NATIVE_WEIGHT)
+            kl = kl_weight * native_weight * native_weight
+            loss += 0.5 * scale * kl * away
+            tl.store(coefficients_ptr + 1, gradient_scale * kl)
+        tl.store(row_loss_ptr + row, loss)
+        tl.store(clipped_ptr + row, clipped)
+        if is_last(ticket_ptr + rows, rows):
+            _finish_batch(row_loss_ptr, loss_ptr, rows)
+
+
+@triton.jit(do_not_specialize=["step_stride", "num_steps", "rows"])
+def _policy_loss_fwd_kernel(
+    new_ptr,
+    uncond_ptr,
+    old_ptr,
+    noise_ptr,
+    seed_ptr,
+    sample_index_ptr,
+    sample_ptr,
+    prev_sample_ptr,
+    ref_ptr,
+    table_ptr,
+    step_ptr,
+    advantage_ptr,
+    direction_ptr,
+    partial_ptr,
+    ticket_ptr,
+    loss_ptr,
+    log_ratio_ptr,
+    clipped_ptr,
+    coefficients_ptr,
+    guidance_scale,
+    scale,
+    clip_range,
+    highest,
+    lowest,
+    kl_weight,
+    step_stride,
+    num_steps,
+    rows,
+    numel,
+    OBJECTIVE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program writes the direction of one split of one row; the last one of a row, and of all, also the scalars."""
+    row, offset, start, column, mask = split_of_row(numel, SPLITS, BLOCK)
+    step = tl.load(step_ptr + row * step_stride)
+    weight = coefficient(table_ptr, step, WEIGHT)
+
+    new = load(new_ptr + offset, column, mask)  # [BLOCK]
+    if uncond_ptr is not None:
+        uncond = load(uncond_ptr + offset, column, mask)  # [BLOCK]
+        new = guided_output(new, uncond, guidance_scale, new_ptr.dtype.element_ty).to(tl.float32)
+    old = load(old_ptr + offset, column, mask)  # [BLOCK]
+    if noise_ptr is not None:
+        noise = load(noise_ptr + offset, column, mask)  # [BLOCK]
+    elif seed_ptr is not None:
+        noise = normal_block(seed_ptr, tl.load(sample_index_ptr + row), step, num_steps, numel, start, BLOCK)
+    else:
+        a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
+        mean = affine_mean(load(sample_ptr + offset, column, mask), old, a, b)  # [BLOCK]
+        noise = load(prev_sample_ptr + offset, column, mask) - mean
+        noise *= inverse(coefficient(table_ptr, step, STD))
+    e = new - old
+    if OBJECTIVE == "guard":
+        # log rho = -s w <e, z>
+        middle, direction = noise, noise
+    else:
+        middle, direction = tl.fma(0.5 * weight, e, noise), tl.fma(weight, e, noise)
+    tl.store(direction_ptr + offset + column, direction.to(direction_ptr.dtype.element_ty), mask)
+
+    # the rows' losses lie behind the partial sums
+    row_loss_ptr = partial_ptr + rows.to(tl.int64) * (SPLITS * SUMS)
+    partial = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(partial, tl.sum(e * middle))
+    if ref_ptr is not None:
+        away = new - load(ref_ptr + offset, column, mask)  # [BLOCK]
+        tl.store(partial + 1, tl.sum(away * away))
+
+    if is_last(ticket_ptr + row, SPLITS):
+        _finish_row(
+            partial_ptr,
+            table_ptr,
+            step,
+            row,
+            advantage_ptr,
+            ticket_ptr,
+            row_loss_ptr,
+            loss_ptr,
+            log_ratio_ptr,
+            clipped_ptr,
+            coefficients_ptr,
+            scale,
+            clip_range,
+            highest,
+            lowest,
+            kl_weight,
+            rows,
+            ref_ptr is not None,
+            OBJECTIVE,
+            SPLITS,
+            SPLITS_BLOCK,
+        )
 
 
 def policy_loss(
     model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
     old_model_output: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
     table: Tensor,
     step: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     ref_model_output: Tensor | None,
     objective: str,
     clip_range: float,
@@ -138,49 +242,64 @@ def policy_loss(
     direction, or (rows, 2): of the direction and of m_new - m_ref."""
     rows = model_output.shape[0]
     numel = model_output[0].numel()
-    (block, num_warps), splits = launch(numel)
-    has_ref = ref_model_output is not None
-    new, old, noise = (t.contiguous() for t in (model_output, old_model_output, noise))
-    table, step = table.contiguous(), step.contiguous()
+    settings, splits = launch(numel)
+    new, old, table = model_output.contiguous(), old_model_output.contiguous(), table.contiguous()
     direction = torch.empty_like(new)
-    partials = table.new_empty((rows, splits, SUMS.value))
-    loss, log_ratio = table.new_empty(rows), table.new_empty(rows)
+    loss, log_ratio = table.new_empty(()), table.new_empty(rows)
+    scratch = table.new_empty(rows * (splits * SUMS.value + 1))
     clipped = table.new_empty(rows, dtype=torch.bool)
-    coefficients = table.new_empty((rows, 2 if has_ref else 1))
+    coefficients = table.new_empty((rows, 1 if ref_model_output is None else 2))
     _policy_loss_fwd_kernel[(rows * splits,)](
         new,
+        contiguous(uncond_output),
         old,
-        noise,
-        ref_model_output.contiguous() if has_ref else None,
+        contiguous(noise),
+        seed,
+        contiguous(sample_index),
+        contiguous(sample),
+        contiguous(prev_sample),
+        contiguous(ref_model_output),
         table,
         step,
+        contiguous(advantages),
         direction,
-        partials,
-        numel,
-        SPLITS=splits,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    scale = 1 / numel if reduction == "mean" else 1.0
-    _policy_loss_rows_kernel[(rows,)](
-        partials,
-        table,
-        step,
-        advantages.contiguous(),
+        scratch,
+        tickets(rows + 1, new.device),
         loss,
         log_ratio,
         clipped,
         coefficients,
-        scale,
-        scale / rows,
+        guidance_scale,
+        1 / numel if reduction == "mean" else 1.0,
         clip_range,
         math.log1p(clip_range),
         math.log1p(-clip_range) if clip_range < 1 else -math.inf,
         kl_weight,
-        SPLITS=splits,
-        SPLITS_BLOCK=triton.next_power_of_2(splits),
+        step.stride(0),
+        table.shape[0],
+        rows,
+        numel,
         OBJECTIVE=objective,
-        HAS_REF=has_ref,
-        num_warps=REDUCE_WARPS,
+        **settings,
     )
-    return loss.mean(), log_ratio, clipped, direction, coefficients
+    return loss, log_ratio, clipped, direction, coefficients
+
+
+def step_log_ratio(
+    model_output: Tensor,
+    old_model_output: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's log-ratio; the direction z + w e of its gradient, and its coefficient (rows, 1)."""
+    source = (noise, seed, sample_index, sample, prev_sample)
+    _, log_ratio, _, direction, coefficients = policy_loss(
+        model_output, None, 1.0, old_model_output, *source, table, step, None, None, "log_ratio", 1.0, reduction, 0.0
+    )
+    return log_ratio, direction, coefficients

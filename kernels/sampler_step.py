@@ -1,4 +1,4 @@
-"""One stochastic step of a sampler: guidance, x' = a x + b m + s z, and the log-probability of what is stored.
+"""One stochastic step of a sampler in one launch: guidance, noise, x' = a x + b m + s z, and its log-probability.
 
 The guided output u + g (c - u) is rounded once to the model's dtype and x' once to the sample's; from there on only the
 rounded values count. The noise handed back, z = (x' - a x - b m)/s, and the log-probability belong to the stored x'.
@@ -9,13 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import OUTPUT_COEF, SAMPLE_COEF, STD, affine_mean, coefficient, inverse
-from .launch import REDUCE_WARPS, launch
+from .affine import OUTPUT_COEF, SAMPLE_COEF, STD, affine_mean, coefficient, guided_output, inverse, load, split_of_row
+from .launch import contiguous, launch, tickets
 from .philox import normal_block
-from .step_log_prob import log_prob_rows_kernel
+from .step_log_prob import store_log_prob
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_stride", "num_steps"])
 def _sampler_step_kernel(
     model_output_ptr,
     uncond_ptr,
@@ -29,41 +29,41 @@ def _sampler_step_kernel(
     guided_ptr,
     stored_noise_ptr,
     partial_ptr,
+    ticket_ptr,
+    log_prob_ptr,
     guidance_scale,
+    scale,
+    step_stride,
     num_steps,
     numel,
     SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program takes the step for one split of one row, and leaves the split's <z, z>."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // SPLITS
-    start = program % SPLITS * BLOCK
-    column = start + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < numel
-    offset = row * numel + column
-    a = coefficient(table_ptr, step_ptr, row, SAMPLE_COEF)
-    b = coefficient(table_ptr, step_ptr, row, OUTPUT_COEF)
-    std = coefficient(table_ptr, step_ptr, row, STD)
+    """One program takes the step for one split of one row; the last one of a row also writes its log-probability."""
+    row, offset, start, column, mask = split_of_row(numel, SPLITS, BLOCK)
+    step = tl.load(step_ptr + row * step_stride)
+    a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
+    std = coefficient(table_ptr, step, STD)
 
-    m = tl.load(model_output_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
+    m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
     if uncond_ptr is not None:
-        uncond = tl.load(uncond_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-        guided = tl.fma(guidance_scale, m - uncond, uncond).to(guided_ptr.dtype.element_ty)
-        tl.store(guided_ptr + offset, guided, mask)
+        uncond = load(uncond_ptr + offset, column, mask)  # [BLOCK]
+        guided = guided_output(m, uncond, guidance_scale, guided_ptr.dtype.element_ty)
+        tl.store(guided_ptr + offset + column, guided, mask)
         m = guided.to(tl.float32)
-    x = tl.load(sample_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
+    mean = affine_mean(load(sample_ptr + offset, column, mask), m, a, b)  # [BLOCK]
     if seed_ptr is None:
-        noise = tl.load(noise_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
+        noise = load(noise_ptr + offset, column, mask)  # [BLOCK]
     else:
-        noise = normal_block(seed_ptr, sample_index_ptr, step_ptr, row, num_steps, numel, start, BLOCK)
+        noise = normal_block(seed_ptr, tl.load(sample_index_ptr + row), step, num_steps, numel, start, BLOCK)
 
-    mean = affine_mean(x, m, a, b)
     prev_x = tl.fma(std, noise, mean).to(prev_sample_ptr.dtype.element_ty)
-    tl.store(prev_sample_ptr + offset, prev_x, mask)
+    tl.store(prev_sample_ptr + offset + column, prev_x, mask)
     z = tl.where(mask, (prev_x.to(tl.float32) - mean) * inverse(std), 0.0)
-    tl.store(stored_noise_ptr + offset, z, mask)
-    tl.store(partial_ptr + program, tl.sum(z * z))
+    if stored_noise_ptr is not None:
+        tl.store(stored_noise_ptr + offset + column, z, mask)
+    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, row, std, numel, scale, SPLITS, SPLITS_BLOCK)
 
 
 def sampler_step(
@@ -76,46 +76,38 @@ def sampler_step(
     noise: Tensor | None,
     seed: Tensor | None,
     sample_index: Tensor | None,
+    return_noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x', the guided output (empty without guidance), the noise of the stored x', and its log-probability."""
+    """x', the guided output (empty without guidance), the noise of the stored x' (empty unless asked for), and its
+    log-probability."""
     rows = sample.shape[0]
     numel = sample[0].numel()
-    (block, num_warps), splits = launch(numel)
-    model_output, sample, table, step = (t.contiguous() for t in (model_output, sample, table, step))
+    settings, splits = launch(numel)
+    model_output, sample, table = model_output.contiguous(), sample.contiguous(), table.contiguous()
     prev_sample = torch.empty_like(sample)
-    stored_noise = torch.empty_like(sample, dtype=torch.float32)
+    stored_noise = torch.empty_like(sample, dtype=torch.float32) if return_noise else table.new_empty(0)
     guided = model_output.new_empty(0) if uncond_output is None else torch.empty_like(model_output)
-    partials, log_probs = table.new_empty((rows, splits)), table.new_empty(rows)
+    partials, log_probs = table.new_empty(rows * splits), table.new_empty(rows)
     _sampler_step_kernel[(rows * splits,)](
         model_output,
-        None if uncond_output is None else uncond_output.contiguous(),
+        contiguous(uncond_output),
         sample,
-        None if noise is None else noise.contiguous(),
+        contiguous(noise),
         seed,
-        None if sample_index is None else sample_index.contiguous(),
+        contiguous(sample_index),
         table,
         step,
         prev_sample,
         guided,
-        stored_noise,
+        stored_noise if return_noise else None,
         partials,
+        tickets(rows, sample.device),
+        log_probs,
         guidance_scale,
+        1 / numel,
+        step.stride(0),
         table.shape[0],
         numel,
-        SPLITS=splits,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    log_prob_rows_kernel[(rows,)](
-        partials,
-        table,
-        step,
-        log_probs,
-        None,
-        numel,
-        1 / numel,
-        SPLITS=splits,
-        SPLITS_BLOCK=triton.next_power_of_2(splits),
-        num_warps=REDUCE_WARPS,
+        **settings,
     )
     return prev_sample, guided, stored_noise, log_probs

@@ -1,8 +1,8 @@
-"""The log-probability of a sampler step whose states were kept, and its gradient.
+"""The log-probability of a sampler step whose states were kept, and its gradient, in one launch and one pass.
 
 With z = (x' - a x - b m)/s the log-probability needs the row's <z, z>, and its gradient is b/s times the direction z.
-Each program reads its part of the row once, writes the direction and leaves a partial sum; a second kernel adds a row's
-partial sums in a fixed order and writes its log-probability and coefficient.
+Each program reads its part of the row once, writes the direction and leaves a partial sum; the row's last program adds
+the partial sums in a fixed order and writes its log-probability and coefficient.
 """
 
 import torch
@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import OUTPUT_COEF, SAMPLE_COEF, STD, affine_mean, coefficient, inverse, log_prob
-from .launch import REDUCE_WARPS, launch
+from .affine import OUTPUT_COEF, SAMPLE_COEF, STD, affine_mean, coefficient, inverse, load, log_prob, split_of_row
+from .launch import is_last, launch, tickets
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step_stride"])
 def _step_log_prob_fwd_kernel(
     model_output_ptr,
     sample_ptr,
@@ -23,86 +23,76 @@ def _step_log_prob_fwd_kernel(
     step_ptr,
     direction_ptr,
     partial_ptr,
+    ticket_ptr,
+    log_prob_ptr,
+    coefficient_ptr,
+    scale,
+    step_stride,
     numel,
     SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program writes the direction of one split of one row, and the split's <z, z>."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // SPLITS
-    column = program % SPLITS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = column < numel
-    offset = row * numel + column
-    a = coefficient(table_ptr, step_ptr, row, SAMPLE_COEF)
-    b = coefficient(table_ptr, step_ptr, row, OUTPUT_COEF)
-    std = coefficient(table_ptr, step_ptr, row, STD)
+    """One program writes the direction of one split of one row; the last one of a row also its scalars."""
+    row, offset, _, column, mask = split_of_row(numel, SPLITS, BLOCK)
+    step = tl.load(step_ptr + row * step_stride)
+    a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
+    std = coefficient(table_ptr, step, STD)
 
-    m = tl.load(model_output_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    x = tl.load(sample_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    prev_x = tl.load(prev_sample_ptr + offset, mask, other=0.0).to(tl.float32)  # [BLOCK]
-    z = (prev_x - affine_mean(x, m, a, b)) * inverse(std)
-    tl.store(direction_ptr + offset, z.to(direction_ptr.dtype.element_ty), mask)
-    tl.store(partial_ptr + program, tl.sum(z * z))
+    m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
+    x = load(sample_ptr + offset, column, mask)  # [BLOCK]
+    z = (load(prev_sample_ptr + offset, column, mask) - affine_mean(x, m, a, b)) * inverse(std)  # [BLOCK]
+    tl.store(direction_ptr + offset + column, z.to(direction_ptr.dtype.element_ty), mask)
+    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, row, std, numel, scale, SPLITS, SPLITS_BLOCK)
+    if tl.program_id(0) % SPLITS == 0:
+        tl.store(coefficient_ptr + row, scale * b * inverse(std))
 
 
 @triton.jit
-def log_prob_rows_kernel(
+def store_log_prob(
+    z,
     partial_ptr,
-    table_ptr,
-    step_ptr,
+    ticket_ptr,
     log_prob_ptr,
-    coefficient_ptr,
+    row,
+    std,
     numel,
     scale,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
 ):
-    """One program adds one row's partial sums and writes its log-probability and, if asked, gradient coefficient."""
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS_BLOCK)  # [SPLITS_BLOCK]
-    squares = tl.sum(tl.load(partial_ptr + row * SPLITS + split, split < SPLITS, other=0.0))
-    std = coefficient(table_ptr, step_ptr, row, STD)
-    tl.store(log_prob_ptr + row, log_prob(squares, std, numel, scale))
-    if coefficient_ptr is not None:
-        b = coefficient(table_ptr, step_ptr, row, OUTPUT_COEF)
-        tl.store(coefficient_ptr + row, scale * b * inverse(std))
+    """Leaves this split's <z, z>; the row's last program writes log N(z; 0, s^2), times `scale`."""
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(z * z))
+    if is_last(ticket_ptr + row, SPLITS):
+        split = tl.arange(0, SPLITS_BLOCK)  # [SPLITS_BLOCK]
+        partials = tl.load(partial_ptr + row * SPLITS + split, split < SPLITS, other=0.0, cache_modifier=".cg")
+        tl.store(log_prob_ptr + row, log_prob(tl.sum(partials), std, numel, scale))
 
 
 def step_log_prob(
     model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows,)."""
+    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows, 1)."""
     rows = model_output.shape[0]
     numel = model_output[0].numel()
-    (block, num_warps), splits = launch(numel)
-    model_output, sample, prev_sample = (t.contiguous() for t in (model_output, sample, prev_sample))
-    table, step = table.contiguous(), step.contiguous()
+    settings, splits = launch(numel)
+    model_output, table = model_output.contiguous(), table.contiguous()
     direction = torch.empty_like(model_output)
-    partials = table.new_empty((rows, splits))
-    log_probs, coefficients = table.new_empty(rows), table.new_empty(rows)
+    partials, log_probs, coefficients = (table.new_empty(shape) for shape in (rows * splits, rows, (rows, 1)))
     _step_log_prob_fwd_kernel[(rows * splits,)](
         model_output,
-        sample,
-        prev_sample,
+        sample.contiguous(),
+        prev_sample.contiguous(),
         table,
         step,
         direction,
         partials,
-        numel,
-        SPLITS=splits,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
-    log_prob_rows_kernel[(rows,)](
-        partials,
-        table,
-        step,
+        tickets(rows, direction.device),
         log_probs,
         coefficients,
-        numel,
         1 / numel if reduction == "mean" else 1.0,
-        SPLITS=splits,
-        SPLITS_BLOCK=triton.next_power_of_2(splits),
-        num_warps=REDUCE_WARPS,
+        step.stride(0),
+        numel,
+        **settings,
     )
     return log_probs, direction, coefficients

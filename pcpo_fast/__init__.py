@@ -3,7 +3,7 @@
 Importing it needs torch and numpy alone; Triton, diffusers and the rest load when they are first used.
 """
 
-from .ops import PolicyLoss, SamplerStep, policy_loss, sample_noise, sampler_step, step_log_prob
+from .ops import PolicyLoss, SamplerStep, policy_loss, sample_noise, sampler_step, step_log_prob, step_log_ratio
 from .tables import StepTable, ddim_table
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "sample_noise",
     "sampler_step",
     "step_log_prob",
+    "step_log_ratio",
 ]

@@ -1,10 +1,10 @@
 """The affine Gaussian step x' = a x + b m + s z, and how the CPU path walks over its rows.
 
-The CPU path works in tiles that stay in the cache. Two rules make its bits independent of the tiling, of the number
-of threads and of the other rows of a batch:
+The CPU path works in tiles that stay in the cache, and writes every pass over a tile into memory that is there already.
+Two rules make its bits independent of the tiling, of the number of threads and of the other rows of a batch:
 
-- elementwise passes round once per operation (no fused multiply-add, which PyTorch may or may not use, depending on
-  where a vectorised loop ends), and transcendental functions of a row are taken in float64 and rounded once;
+- an elementwise pass gives an element the same bits wherever it stands, and transcendental functions of a row are taken
+  in float64 and rounded once;
 - a row is summed in chunks of `CHUNK` elements counted from its own start, then over its chunks. PyTorch sums a
   chunk of this size with one thread.
 """
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 CHUNK = 16_384
-TILE_CHUNKS_PER_THREAD = 8
+TILE_CHUNKS_PER_THREAD = 2
 LOG_SQRT_2PI = 0.9189385332046727
 
 
 class Coefficients(NamedTuple):
-    """The table's columns at each row's step, (rows,) float64 each."""
+    """The table's columns at each row's step, (rows, 1) float64 each."""
 
     sample: Tensor  # a
     output: Tensor  # b
@@ -32,18 +32,18 @@ class Coefficients(NamedTuple):
 
     @classmethod
     def of(cls, table: Tensor, step: Tensor) -> "Coefficients":
-        return cls(*table.index_select(0, step).double().unbind(1))
+        return cls(*table.index_select(0, step).double().split(1, 1))
 
     @property
     def inverse_std(self) -> Tensor:
         """1/s, and 0 for a deterministic step."""
-        return self.std.reciprocal().masked_fill(self.std == 0, 0.0)
+        return self.std.reciprocal().masked_fill_(self.std == 0, 0.0)
 
 
 def gaussian_log_prob(sum_of_squares: Tensor, std: Tensor, numel: int, reduction: str) -> Tensor:
     """log N(x'; a x + b m, s^2) of each row from <z, z>, all float64; 0 for a deterministic step."""
-    log_prob = -0.5 * sum_of_squares - numel * (std.log() + LOG_SQRT_2PI)
-    return (reduction_scale(numel, reduction) * log_prob).masked_fill(std == 0, 0.0)
+    log_prob = std.log().add_(LOG_SQRT_2PI).mul_(-numel).sub_(sum_of_squares, alpha=0.5)
+    return log_prob.mul_(reduction_scale(numel, reduction)).masked_fill_(std == 0, 0.0)
 
 
 def reduction_scale(numel: int, reduction: str) -> float:
@@ -84,18 +84,19 @@ def chunk_sums(tile: Tensor) -> Tensor:
     return torch.cat([tile[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2), rest[:, None]], dim=1).flatten()
 
 
-def row_sums(*sums_of_tiles: list[Tensor], rows: int) -> tuple[Tensor, ...]:
-    """Several sums of each row, (rows,) float64 each, from the chunk sums of all tiles."""
-    chunks = torch.cat([chunk for sums in sums_of_tiles for chunk in sums])
-    return chunks.view(len(sums_of_tiles), rows, -1).double().sum(dim=2).unbind(0)
+def row_sums(chunk_sums_of_tiles: list[Tensor], rows: int) -> Tensor:
+    """The sum of each row, (rows,) float64, from the chunk sums of all its tiles."""
+    chunks = chunk_sums_of_tiles[0] if len(chunk_sums_of_tiles) == 1 else torch.cat(chunk_sums_of_tiles)
+    return chunks.view(rows, -1).double().sum(dim=1)
 
 
-def affine_mean(sample: Tensor, model_output: Tensor, coef: Coefficients, rows: slice) -> Tensor:
-    """a x + b m of one tile."""
-    a, b = (c[rows, None].to(sample.dtype) for c in (coef.sample, coef.output))
-    return (sample * a).add_(model_output * b)
+def guided_output(cond: Tensor, uncond: Tensor, guidance_scale: float, dtype: torch.dtype, out: Tensor) -> Tensor:
+    """u + g (c - u) of one tile, made in `dtype` and rounded once, into `out`."""
+    if out.dtype == dtype:
+        return torch.lerp(uncond.to(dtype), cond.to(dtype), guidance_scale, out=out)
+    return out.copy_(torch.lerp(uncond.to(dtype), cond.to(dtype), guidance_scale))
 
 
-def whiten(prev_sample: Tensor, mean: Tensor, coef: Coefficients, rows: slice) -> Tensor:
-    """z = (x' - a x - b m)/s of one tile, written over `mean`; 0 for a deterministic step."""
-    return torch.sub(prev_sample, mean, out=mean).mul_(coef.inverse_std[rows, None].to(mean.dtype))
+def affine_mean(sample: Tensor, model_output: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """a x + b m of one tile, in memory of its own."""
+    return (sample * a).addcmul_(model_output, b)

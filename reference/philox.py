@@ -4,8 +4,9 @@ Four consecutive elements of a row share one counter, (sample_index T + step) ce
 element's noise depends on the seed, the sample's global index, the step and its place alone: not on the batch, the rank
 or the chunking. The 64-bit seed is the key, the 64-bit counter the two low words of Philox's counter.
 
-Bits become normals as Triton's `tl.randn4x` makes them: a folded signed integer times 2^-31, at least 1e-7, and the
-Box-Muller transform of two such numbers; here the transform is taken in float64 and rounded once.
+Words become normals as Triton's `tl.randn4x` makes them: signed words are folded to integers in [0, 2^31), the first of
+a pair becomes a uniform number of at least 1e-7, the second an angle of so many 2^-31 turns, and Box-Muller makes two
+normals of them; here in float64, rounded once.
 """
 
 import math
@@ -36,15 +37,16 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     return c0, c1, c2, c3
 
 
-def words_to_uniform(words: Tensor) -> Tensor:
-    """Unsigned 32-bit words to float32 in [0, 1)."""
-    return torch.minimum(words, WORD - words).float().mul_(UNIFORM_SCALE)
+def fold(words: Tensor) -> Tensor:
+    """Unsigned 32-bit words to integers in [0, 2^31)."""
+    return torch.minimum(words, WORD - words)
 
 
-def uniform_to_normal(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two float32 normals from two float32 uniforms (Box-Muller)."""
-    radius = u0.clamp_(min=SMALLEST_UNIFORM).double().log_().mul_(-2).sqrt_()
-    angle = u1.mul_(2 * math.pi).double()
+def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 normals from two words (Box-Muller)."""
+    uniform = fold(word0).float().mul_(UNIFORM_SCALE).clamp_(min=SMALLEST_UNIFORM)
+    radius = uniform.double().log_().mul_(-2).sqrt_()
+    angle = fold(word1).double().mul_(2 * math.pi / 2**31)
     return (radius * angle.cos()).float(), radius.mul_(angle.sin_()).float()
 
 
@@ -56,9 +58,8 @@ def noise_tile(
     quads = torch.arange(columns.start // 4, -(-columns.stop // 4), device=seed.device)
     offset = first[:, None] + quads
     zero = torch.zeros_like(offset)
-    words = philox4x32((offset & WORD, (offset >> 32) & WORD, zero, zero), (seed & WORD, (seed >> 32) & WORD))
-    u0, u1, u2, u3 = (words_to_uniform(w) for w in words)
-    lanes = (*uniform_to_normal(u0, u1), *uniform_to_normal(u2, u3))
+    w0, w1, w2, w3 = philox4x32((offset & WORD, (offset >> 32) & WORD, zero, zero), (seed & WORD, (seed >> 32) & WORD))
+    lanes = (*normal_pair(w0, w1), *normal_pair(w2, w3))
     return torch.stack(lanes, dim=2).flatten(1)[:, : columns.stop - columns.start]
 
 

@@ -7,18 +7,30 @@ it equals, exactly and without cancellation,
     log rho = -L,    L = w <e, z> + w^2 <e, e>/2                        (divided by numel for 'mean')
 
 so a row's loss f(L) has the gradient f'(L) (w z + w^2 e) = [f'(L) w] (z + w e): a per-row coefficient times a
-direction. The direction does not need L, so one pass over the row both sums and writes it, and the coefficient is left
-to the backward pass, which has to multiply by the incoming scalar anyway. Stored so, it is of order 1 and safe
-in half precision.
-"""
+direction. The direction does not need L = w <e, z + w e/2>, so one pass over the row both sums and writes it, and the
+coefficient is left to the backward pass, which has to multiply by the incoming scalar anyway. Stored so, it is of
+order 1 and safe in half precision.
 
-import math
+GRPO-Guard (Wang et al., arXiv 2510.22319) takes the mean's shift out of the log-ratio and the step's scale into it,
+log rho = -s w <e, z>, and divides the loss by the step's interval: then the direction is z.
+"""
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from .affine import Coefficients, as_rows, chunk_sums, compute_dtype, reduction_scale, row_sums, tiles
+from .affine import (
+    Coefficients,
+    affine_mean,
+    as_rows,
+    chunk_sums,
+    compute_dtype,
+    guided_output,
+    reduction_scale,
+    row_sums,
+    tiles,
+)
+from .philox import noise_tile
 
 
 def policy_loss_oracle(
@@ -38,7 +50,7 @@ def policy_loss_oracle(
     """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
     coef = Coefficients.of(table, step)
-    weight = coef.weight[:, None]
+    weight = coef.weight
     advantages = advantages.double()
     reduce = torch.mean if reduction == "mean" else torch.sum
 
@@ -46,6 +58,9 @@ def policy_loss_oracle(
     new_log_prob = reduce(Normal(-weight * new, 1.0).log_prob(whitened), dim=1)
     old_log_prob = reduce(Normal(-weight * old, 1.0).log_prob(whitened), dim=1)
     log_ratio = new_log_prob - old_log_prob
+    if objective == "guard":
+        # the shift of the mean's own part of the log-ratio taken out, and the step's scale
+        log_ratio = coef.std.squeeze(1) * (log_ratio + reduce((weight * (new - old)).square(), dim=1) / 2)
     if objective == "pcpo":
         loss = torch.clamp(clip_range * advantages.abs() - advantages * log_ratio, min=0)
         clipped = advantages.sign() * log_ratio >= clip_range
@@ -55,8 +70,10 @@ def policy_loss_oracle(
         clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
         loss = torch.maximum(unclipped_loss, clipped_loss)
         clipped = clipped_loss > unclipped_loss
+    if objective == "guard":
+        loss = loss / coef.interval.squeeze(1)
     if ref_model_output is not None:
-        policy, reference = (-coef.native_weight[:, None] * m for m in (new, ref_model_output.double().flatten(1)))
+        policy, reference = (-coef.native_weight * m for m in (new, ref_model_output.double().flatten(1)))
         kl = torch.distributions.kl_divergence(Normal(policy, 1.0), Normal(reference, 1.0))
         loss = loss + kl_weight * reduce(kl, dim=1)
     return loss.mean(), log_ratio, clipped
@@ -64,26 +81,33 @@ def policy_loss_oracle(
 
 def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(0, xi |A| - A log rho): loss, its derivative by L = -log rho, clipped."""
-    clipped = advantages.sign() * log_ratio >= clip_range
+    clipped = advantages.sign().mul_(log_ratio) >= clip_range
     loss = advantages.abs().mul_(clip_range).sub_(advantages * log_ratio)
     return loss.masked_fill_(clipped, 0.0), advantages.masked_fill(clipped, 0.0), clipped
 
 
 def ppo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)): loss, its derivative by L = -log rho, clipped."""
-    highest, lowest = math.log1p(clip_range), math.log1p(-clip_range) if clip_range < 1 else -math.inf
-    clipped = ((advantages > 0) & (log_ratio > highest)) | ((advantages < 0) & (log_ratio < lowest))
-    surrogate = advantages * torch.where(clipped, log_ratio.clamp(lowest, highest), log_ratio).exp()
-    return -surrogate, surrogate.masked_fill(clipped, 0.0), clipped
+    ratio = log_ratio.exp()
+    surrogate, bounded = advantages * ratio, advantages * ratio.clamp_(1 - clip_range, 1 + clip_range)
+    clipped = bounded < surrogate
+    return torch.minimum(surrogate, bounded).neg_(), surrogate.masked_fill_(clipped, 0.0), clipped
 
 
-OBJECTIVES = {"pcpo": pcpo, "ppo": ppo}
+# guard is ppo on another log-ratio and per interval
+OBJECTIVES = {"pcpo": pcpo, "ppo": ppo, "guard": ppo}
 
 
 def policy_loss(
     model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
     old_model_output: Tensor,
-    noise: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
     table: Tensor,
     step: Tensor,
     advantages: Tensor,
@@ -95,39 +119,101 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 1): of the
     direction, or (rows, 2): of the direction and of m_new - m_ref."""
-    dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output)
-    direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
-    new, old, z, towards = (as_rows(t) for t in (model_output, old_model_output, noise, direction))
-    ref = None if ref_model_output is None else as_rows(ref_model_output)
-    rows, numel = new.shape
     coef = Coefficients.of(table, step)
-    weight = coef.weight.to(dtype)[:, None]
-    sums: list[list[Tensor]] = [[] for _ in range(2 if ref is None else 3)]
+    source = (noise, seed, sample_index, sample, prev_sample)
+    outputs = (model_output, uncond_output, guidance_scale, old_model_output)
+    ez, rr, direction = _pass(*outputs, *source, table, step, coef, ref_model_output, objective)
+    dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
+    scale = reduction_scale(model_output[0].numel(), reduction)
+    weight = coef.weight.squeeze(1)
+    if objective == "guard":
+        weight = weight * coef.std.squeeze(1)
+    log_ratio = (ez * weight).mul_(-scale)
+    loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
+    if objective == "guard":
+        loss, slope = (t / coef.interval.squeeze(1) for t in (loss, slope))
+    coefficients = slope.mul_(weight)[:, None]
+    if rr is not None:
+        kl = kl_weight * coef.native_weight.square()
+        loss = loss + 0.5 * scale * kl.squeeze(1) * rr
+        coefficients = torch.cat([coefficients, kl], dim=1)
+    coefficients = coefficients.mul_(scale / len(step)).to(dtype)
+    return loss.mean().to(dtype), log_ratio.to(dtype), clipped, direction, coefficients
+
+
+def step_log_ratio(
+    model_output: Tensor,
+    old_model_output: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row's log-ratio; the direction z + w e of its gradient, and its coefficient (rows, 1)."""
+    coef = Coefficients.of(table, step)
+    source = (noise, seed, sample_index, sample, prev_sample)
+    ez, _, direction = _pass(model_output, None, 1.0, old_model_output, *source, table, step, coef, None, "log_ratio")
+    dtype = compute_dtype(model_output, old_model_output, noise, sample, prev_sample)
+    coefficient = -reduction_scale(model_output[0].numel(), reduction) * coef.weight
+    return (ez * coefficient.squeeze(1)).to(dtype), direction, coefficient.to(dtype)
+
+
+def _pass(
+    model_output: Tensor,
+    uncond_output: Tensor | None,
+    guidance_scale: float,
+    old_model_output: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    sample_index: Tensor | None,
+    sample: Tensor | None,
+    prev_sample: Tensor | None,
+    table: Tensor,
+    step: Tensor,
+    coef: Coefficients,
+    ref_model_output: Tensor | None,
+    objective: str,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Each row's <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e; for guard, without w."""
+    dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
+    direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
+    new, old, towards = (as_rows(t) for t in (model_output, old_model_output, direction))
+    uncond, z_given, x, x_prev, ref = (
+        None if t is None else as_rows(t) for t in (uncond_output, noise, sample, prev_sample, ref_model_output)
+    )
+    rows, numel = new.shape
+    a, b, inverse_std, weight = (c.to(dtype) for c in (coef.sample, coef.output, coef.inverse_std, coef.weight))
+    half_weight = weight / 2
+    sums, ref_sums = [], []
 
     for tile in tiles(rows, numel, new.device):
-        m_new, noise_tile = new[tile].to(dtype), z[tile].to(dtype)
-        e = m_new - old[tile].to(dtype)
-        scratch = towards[tile] if towards.dtype == dtype else torch.empty_like(e)
-        sums[0].append(chunk_sums(torch.mul(e, noise_tile, out=scratch)))
-        sums[1].append(chunk_sums(torch.mul(e, e, out=scratch)))
-        torch.mul(e, weight[tile[0]], out=scratch).add_(noise_tile)
-        if towards.dtype != dtype:
-            towards[tile] = scratch
+        of_tile = tile[0]
+        m_new, m_old, target = new[tile], old[tile].to(dtype), towards[tile]
+        if uncond is not None:
+            m_new = guided_output(m_new, uncond[tile], guidance_scale, dtype, torch.empty_like(m_new))
+        m_new = m_new.to(dtype)
+        if z_given is not None:
+            z = z_given[tile].to(dtype)
+        elif seed is not None:
+            z = noise_tile(seed, sample_index, step, table.shape[0], numel, *tile).to(dtype)
+        else:
+            mean = affine_mean(x[tile].to(dtype), m_old, a[of_tile], b[of_tile])
+            z = torch.sub(x_prev[tile].to(dtype), mean, out=mean).mul_(inverse_std[of_tile])
+        e = m_new - m_old
+        scratch = target if target.dtype == dtype else torch.empty_like(e)
+        if objective == "guard":
+            sums.append(chunk_sums(torch.mul(e, z, out=scratch)))
+            target.copy_(z)
+        else:
+            sums.append(chunk_sums(torch.addcmul(z, e, half_weight[of_tile], out=scratch).mul_(e)))
+            torch.addcmul(z, e, weight[of_tile], out=scratch)
+            if scratch is not target:
+                target.copy_(scratch)
         if ref is not None:
-            sums[2].append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
+            ref_sums.append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
 
-    scale = reduction_scale(numel, reduction)
-    ez, ee, *rr = row_sums(*sums, rows=rows)
-    log_ratio = torch.addcmul(ez, coef.weight, ee, value=0.5).mul_(-scale * coef.weight)
-    loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
-    coefficients = [slope * coef.weight]
-    if ref is not None:
-        coefficients.append(kl_weight * coef.native_weight.square())
-        loss = loss + 0.5 * scale * coefficients[1] * rr[0]
-    return (
-        loss.mean().to(dtype),
-        log_ratio.to(dtype),
-        clipped,
-        direction,
-        torch.stack(coefficients, dim=1).mul_(scale / rows).to(dtype),
-    )
+    return row_sums(sums, rows), row_sums(ref_sums, rows) if ref_sums else None, direction

@@ -18,7 +18,6 @@ from .affine import (
     reduction_scale,
     row_sums,
     tiles,
-    whiten,
 )
 
 
@@ -27,7 +26,7 @@ def step_log_prob_oracle(
 ) -> Tensor:
     """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
-    a, b, s, *_ = (column[:, None] for column in Coefficients.of(table, step))
+    a, b, s, *_ = Coefficients.of(table, step)
     random = s > 0
     log_prob = Normal(a * x + b * m, torch.where(random, s, 1.0)).log_prob(x_prev)
     log_prob = torch.where(random, log_prob, 0.0)
@@ -37,20 +36,21 @@ def step_log_prob_oracle(
 def step_log_prob(
     model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows,)."""
+    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows, 1)."""
     dtype = compute_dtype(model_output, sample, prev_sample)
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     m, x, x_prev, towards = (as_rows(t) for t in (model_output, sample, prev_sample, direction))
     rows, numel = m.shape
     coef = Coefficients.of(table, step)
+    a, b, inverse_std = (c.to(dtype) for c in (coef.sample, coef.output, coef.inverse_std))
     squares = []
 
     for tile in tiles(rows, numel, m.device):
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), coef, tile[0])
-        z = whiten(x_prev[tile].to(dtype), mean, coef, tile[0])
+        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), a[tile[0]], b[tile[0]])
+        z = torch.sub(x_prev[tile].to(dtype), mean, out=mean).mul_(inverse_std[tile[0]])
         towards[tile] = z
         squares.append(chunk_sums(z.square_()))
 
-    log_prob = gaussian_log_prob(*row_sums(squares, rows=rows), coef.std, numel, reduction)
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std.squeeze(1), numel, reduction)
     coefficient = reduction_scale(numel, reduction) * coef.output * coef.inverse_std
     return log_prob.to(dtype), direction, coefficient.to(dtype)

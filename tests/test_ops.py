@@ -24,16 +24,21 @@ def test_opcheck(inputs, table, impl):
     seed, index = torch.tensor(3, device=m.device), torch.arange(ROWS, device=m.device)
     namespace = torch.ops.pcpo_fast
     calls = [
-        (namespace.sampler_step, (m, x, table.rows, step, other, 5.0, z, None, None, impl)),
-        (namespace.sampler_step, (m, x.half(), table.rows, step, None, 1.0, None, seed, index, impl)),
+        (namespace.sampler_step, (m, x, table.rows, step, other, 5.0, z, None, None, True, impl)),
+        (namespace.sampler_step, (m, x.half(), table.rows, step, None, 1.0, None, seed, index, False, impl)),
         (namespace.step_log_prob, (m_grad, x, other, table.rows, step, "mean", impl)),
         (namespace.step_log_prob, (m.half(), x.mT, other.mT, table.rows, step, "sum", impl)),
         (namespace.sample_noise, (seed, index, step, len(table.rows), 7, impl)),
     ]
-    for objective in ("pcpo", "ppo"):
-        for ref in (None, x):
-            arguments = (other, z, table.rows, step, advantages, ref, objective, 0.5, "mean", 0.1, impl)
-            calls.append((namespace.policy_loss, (m_grad, *arguments)))
+    sources = [(z, None, None, None, None), (None, seed, index, None, None), (None, None, None, x, z)]
+    for source in sources:
+        calls.append((namespace.step_log_ratio, (m_grad, other, *source, table.rows, step, "mean", impl)))
+        for objective in ("pcpo", "ppo", "guard"):
+            for ref, uncond in ((None, None), (x, None), (x, z)):
+                uncond = None if uncond is None else uncond.clone().requires_grad_()
+                arguments = (table.rows, step, advantages, ref, objective, 0.5, "mean", 0.1, impl)
+                calls.append((namespace.policy_loss, (m_grad, uncond, 3.0, other, *source, *arguments)))
+    calls.append((namespace.gradient, (m, advantages[:, None], advantages, None, z, 3.0, None, impl)))
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments)
 
@@ -45,15 +50,16 @@ def test_compiles_as_one_graph(inputs, table, impl):
         out = ops.sampler_step(m, x, table, step, uncond_output=other, guidance_scale=2.0, seed=5, impl=impl)
         log_prob = ops.step_log_prob(m, x, out.prev_sample, table, 3, impl=impl)
         ratios = []
-        loss = log_prob.sum()
-        for objective in ("pcpo", "ppo"):
+        log_ratio = ops.step_log_ratio(m, other, None, table, 3, seed=5, impl=impl)
+        loss = log_prob.sum() + log_ratio.sum()
+        for objective in ("pcpo", "ppo", "guard"):
             policy = ops.policy_loss(
                 m, out.model_output, out.noise, table, step, advantages, objective=objective, clip_range=0.5,
                 ref_model_output=z, kl_weight=0.1, impl=impl,
             )  # fmt: skip
             loss = loss + policy.loss
             ratios += [policy.log_ratio, policy.clipped]
-        return loss, *out, log_prob, *ratios
+        return loss, *out, log_prob, log_ratio, *ratios
 
     results = []
     for function in (everything, torch.compile(everything, fullgraph=True)):

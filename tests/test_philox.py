@@ -55,10 +55,11 @@ def test_normals_match_float64(numel, table, impl):
     zero = torch.zeros_like(offset)
     bits = torch.stack(philox4x32((offset, zero, zero, zero), (torch.tensor(9), torch.tensor(0))))
     signed = torch.where(bits >= 2**31, bits - 2**32, bits)
-    # the uniforms are defined in float32
-    u = torch.where(signed < 0, -signed - 1, signed).float() * 4.6566127342e-10
-    radius = (-2 * u[0::2].clamp(min=1e-7).double().log()).sqrt()
-    angle = (u[1::2] * (2 * math.pi)).double()
+    folded = torch.where(signed < 0, -signed - 1, signed)
+    # the uniforms are defined in float32, the angles exactly
+    u = folded[0::2].float() * 4.6566127342e-10
+    radius = (-2 * u.clamp(min=1e-7).double().log()).sqrt()
+    angle = folded[1::2].double() * (2 * math.pi / 2**31)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
     expected = pairs.flatten(0, 1).T.flatten()[:numel]
     # a float32 logarithm, root, cosine and product are each good to a few units in the last place
