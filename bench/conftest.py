@@ -1,45 +1,182 @@
-import math
+"""Options, the order of the cases, the correctness gate, and the table at the end of a run."""
 
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
 import pytest
+import report
 import torch
+from cases import COMPETITORS, SHAPES, Case, default_device, make_inputs
 
-from pcpo_fast import ddim_table
-
-# one row per sample, as a Stable Diffusion 1.5 latent
-SHAPE = (8, 4, 64, 64)
+# per group of competitors, of timing alone
+SECONDS_PER_GROUP = {"cpu": 3.0, "cuda": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+def pytest_addoption(parser):
+    group = parser.getgroup("pcpo-fast")
+    group.addoption(
+        "--save-results",
+        nargs="?",
+        const=str(report.RESULTS),
+        help="write JSON, Markdown and a picture to a folder per device in this one (default: bench/results)",
+    )
+    group.addoption("--time-budget", type=float, help="seconds after which no further case is begun")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.option.benchmark_columns = ["median", "iqr", "rounds"]
+
+
+def pytest_collection_modifyitems(items):
+    def priority(item):
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return case.priority if case else -1
+
+    # what matters most first, should the time run out
+    items.sort(key=priority)
+
+
+class Suite:
+    """Checks and measures the competitors of one case at a time, and keeps what was measured."""
+
+    def __init__(self, budget: float | None) -> None:
+        self.device = default_device()
+        self.budget = budget
+        self.started = time.perf_counter()
+        self.copy_bandwidth = measure.copy_bandwidth(self.device)
+        self.cannot_compile = _why_not_compile(self.device)
+        self.records: list[dict[str, Any]] = []
+        # reason to what was skipped, in order
+        self.skipped: dict[str, list[str]] = {}
+        self.failed: list[str] = []
+        self._case: Case | None = None
+        self._outcomes: dict[str, measure.Measured | Exception] = {}
+
+    def run(self, case: Case, competitor: str, benchmark: Any) -> None:
+        """One competitor's test: fails if its outputs are wrong, else hands its times to pytest-benchmark."""
+        reason = self._why_skip(case, competitor)
+        if reason is None and case != self._case and self._time_is_up():
+            reason = f"the time budget of {self.budget:g} s was spent"
+        if reason is not None:
+            self.skipped.setdefault(reason, []).append(f"{competitor}: {case.name}")
+            pytest.skip(reason)
+        if case != self._case:
+            self._case, self._outcomes = case, {}
+            self._outcomes = self._measure(case)
+        outcome = self._outcomes[competitor]
+        if isinstance(outcome, Exception):
+            self.failed.append(f"{competitor}: {case.name}: {outcome}")
+            raise outcome
+        benchmark.group = case.name
+        measure.RECORDED.replay(benchmark, outcome.seconds)
+
+    def _time_is_up(self) -> bool:
+        return self.budget is not None and time.perf_counter() - self.started > self.budget
+
+    def _why_skip(self, case: Case, competitor: str) -> str | None:
+        if competitor == "ours-triton" and self.device.type != "cuda":
+            return "the Triton kernels need a GPU"
+        if competitor == "compile":
+            if self.cannot_compile:
+                return self.cannot_compile
+            if not case.compiled:
+                return "torch.compile joins at two numbers of rows, to save time"
+        return None
+
+    def _measure(self, case: Case) -> dict[str, measure.Measured | Exception]:
+        op, shape = case.op, SHAPES[case.shape]
+        slots = [make_inputs(case.rows, shape, self.device, seed=0)]
+        floor = op.bytes(slots[0])
+        outcomes: dict[str, measure.Measured | Exception] = {}
+        calls: dict[str, measure.Call] = {}
+        for competitor in COMPETITORS:
+            if self._why_skip(case, competitor):
+                continue
+            call = _call(case, competitor)
+            try:
+                op.check(slots[0], call(slots[0]))
+                calls[competitor] = call
+            except Exception as error:
+                # raised again by this competitor's test
+                outcomes[competitor] = error
+        if not calls:
+            return outcomes
+
+        if self.device.type == "cuda":
+            beyond_cache = 3 * torch.cuda.get_device_properties(self.device).L2_cache_size
+            number = max(2, -(-beyond_cache // floor))
+            slots += [make_inputs(case.rows, shape, self.device, seed) for seed in range(1, number)]
+        resources = {
+            name: (
+                measure.peak_extra_bytes(call, slots[0], self.device),
+                measure.launches(call, slots[0], self.device),
+            )
+            for name, call in calls.items()
+        }
+        # a copy of as many bytes takes turns with them, for comparison
+        times = measure.take_turns(
+            {**calls, "copy": measure.copy_call(floor // 8)}, slots, SECONDS_PER_GROUP[self.device.type]
+        )
+        for name, measured in times.items():
+            peak, launched = resources.get(name, (None, None))
+            eager = times["eager"].seconds if "eager" in times else None
+            self.records.append(
+                report.record(
+                    case, name, measured, floor=floor, eager=eager, peak=peak, launches=launched,
+                    copy_bandwidth=self.copy_bandwidth,
+                )
+            )  # fmt: skip
+        outcomes.update({name: times[name] for name in calls})
+        return outcomes
+
+
+def _call(case: Case, competitor: str) -> measure.Call:
+    op = case.op
+    if competitor.startswith("ours-"):
+        impl = competitor.removeprefix("ours-")
+        return lambda i: op.ours(i, impl)
+    formula = op.formula
+    if competitor == "compile":
+        torch._dynamo.reset()
+        formula = torch.compile(op.formula, dynamic=False)
+    return lambda i: op.usual(i, formula)
+
+
+def _why_not_compile(device: torch.device) -> str | None:
+    try:
+        torch.compile(lambda t: t.sin() + 1)(torch.ones(64, device=device))
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return f"torch.compile does not work here: {cause}"
+    return None
+
+
+@pytest.fixture(scope="session")
+def suite(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    suite = Suite(request.config.getoption("--time-budget"))
+    request.config.stash[SUITE] = suite
+    yield suite
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def table():
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return ddim_table((1 - betas).cumprod(0), torch.arange(981, 0, -20))
+SUITE = pytest.StashKey[Suite]()
 
 
-@pytest.fixture
-def latents():
-    """Sample, old output, a slightly changed output, noise: (8, 4, 64, 64) float32 each."""
-    generator = torch.Generator().manual_seed(0)
-    x, m_old, change, z = (torch.randn(SHAPE, generator=generator) for _ in range(4))
-    return x, m_old, m_old + 1e-3 * change, z
-
-
-@pytest.fixture
-def usual_log_prob(table):
-    """The log-probability of a DDIM step as policy-gradient trainers write it."""
-
-    def log_prob(model_output, sample, prev_sample, step):
-        a, b, std = (column.view(-1, 1, 1, 1) for column in table.rows[step].unbind(1)[:3])
-        mean = a * sample + b * model_output
-        log_prob = -((prev_sample.detach() - mean) ** 2) / (2 * std**2)
-        log_prob = log_prob - torch.log(std) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
-        return log_prob.mean(dim=(1, 2, 3))
-
-    return log_prob
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config):
+    suite = config.stash.get(SUITE, None)
+    if suite is None:
+        return
+    results = report.results(suite.device, suite.copy_bandwidth, suite.records, suite.skipped, suite.failed)
+    terminalreporter.write_line("")
+    terminalreporter.write_line(report.markdown(results))
+    folder = config.getoption("--save-results")
+    if folder:
+        terminalreporter.write_line(f"written: {report.save(results, Path(folder))}")

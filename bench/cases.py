@@ -1,0 +1,201 @@
+"""What is compared: shapes, inputs, operations and competitors.
+
+An operation says in one place which whole tensors it has to read and to write (its floor in bytes), how trainers
+usually write it, how this package does, and how both are checked. A case is an operation at a shape and a number of
+rows. A variant of an operation is one more `Op`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pcpo_fast import StepTable, ddim_table
+
+SHAPES = {
+    "SD 1.5 512px": (4, 64, 64),
+    "FLUX 1024px": (4096, 64),
+    "SDXL 1024px": (4, 128, 128),
+    "SD3.5 1024px": (16, 128, 128),
+}
+COMPETITORS = ("eager", "compile", "ours-torch", "ours-triton")
+GUIDANCE = 5.0
+# rows' log-ratios are either below 3e-4 or above 3e-3, so that rounding clips no row that it should not
+CLIP_RANGE = 1e-3
+CPU_ROWS = 8
+GPU_ROWS = (4, 16, 64)
+# torch.compile takes seconds per case, so on a GPU it joins at these rows and at the largest
+GPU_COMPILED_ROWS = 16
+
+Outputs = dict[str, Tensor]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """One set of inputs: `rows` samples, each at a step of its own."""
+
+    table: StepTable
+    step: Tensor
+    sample_index: Tensor
+    seed: Tensor
+    advantages: Tensor
+    old_log_prob: Tensor
+    # in the model's dtype: the new policy's output (also the conditional one), the unconditional and the old one
+    model_output: Tensor
+    uncond_output: Tensor
+    old_model_output: Tensor
+    # in the latents' dtype; noise is that of the stored prev_sample
+    sample: Tensor
+    prev_sample: Tensor
+    noise: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One operation.
+
+    reads: fields of `Inputs` that have to be read whole.
+    writes: what has to be written whole, and the field of `Inputs` whose shape and dtype it has.
+    formula: the usual formula, tensors to tensors; this is what torch.compile gets.
+    usual: the formula on `Inputs`, with autograd where a gradient is asked for.
+    ours: the same by this package, with the given `impl`.
+    check: raises AssertionError if the outputs are wrong.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: dict[str, str]
+    formula: Callable[..., Any]
+    usual: Callable[[Inputs, Callable[..., Any]], Outputs]
+    ours: Callable[[Inputs, str], Outputs]
+    check: Callable[[Inputs, Outputs], None]
+
+    def bytes(self, inputs: Inputs) -> int:
+        """The floor: every input read once, every output written once. Per-row scalars are not counted."""
+        tensors = [getattr(inputs, name) for name in (*self.reads, *self.writes.values())]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def bytes_per_element(self, device: torch.device) -> int:
+        return self.bytes(make_inputs(1, (1,), device, seed=0))
+
+
+class Case(NamedTuple):
+    op: Op
+    shape: str
+    rows: int
+    # cases run in this order
+    priority: int
+    compiled: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.name}, {self.rows} x {self.shape}"
+
+
+def usual_log_prob(model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor) -> Tensor:
+    """The log-probability of a sampler step as policy-gradient trainers write it, over a table's rows."""
+    a, b, std = per_row(table, step, sample)
+    mean = a * sample + b * model_output
+    log_prob = -((prev_sample.detach() - mean) ** 2) / (2 * std**2)
+    log_prob = log_prob - torch.log(std) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
+    return log_prob.mean(dim=tuple(range(1, log_prob.dim())))
+
+
+def per_row(table: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """a, b and s of each row, to be broadcast over its elements."""
+    return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in table[step].unbind(1)[:3])
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model's outputs and of the latents."""
+    return (torch.bfloat16 if device.type == "cuda" else torch.float32), torch.float32
+
+
+def make_table(device: torch.device) -> StepTable:
+    """50 DDIM steps of Stable Diffusion 1.x."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return ddim_table((1 - betas).cumprod(0), torch.arange(981, 0, -20)).to(device)
+
+
+def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: int) -> Inputs:
+    """Random inputs, all different for another seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    model_dtype, latent_dtype = dtypes(device)
+
+    def randn() -> Tensor:
+        return torch.randn(rows, *shape, generator=generator, device=device)
+
+    table = make_table(device)
+    row = torch.arange(rows, device=device)
+    # the noisier steps, each row another one
+    step = (row * 7) % 40
+    a, b, s = (column.double() for column in per_row(table.rows, step, randn()))
+    old, uncond = randn().to(model_dtype), randn().to(model_dtype)
+    sample, noise, change = randn(), randn(), randn()
+    # every other row moves along its noise: far outside the clip range
+    far = (row % 2).view(-1, *[1] * len(shape))
+    new = (old.float() + 1e-2 * (change + far * noise)).to(model_dtype)
+    prev_sample = (a * sample + b * old.double() + s * noise).to(latent_dtype)
+    noise = ((prev_sample - a * sample - b * old.double()) / s).to(latent_dtype)
+    sample = sample.to(latent_dtype)
+    return Inputs(
+        table=table,
+        step=step,
+        sample_index=row,
+        seed=torch.tensor(seed, device=device),
+        advantages=torch.where(row % 4 < 2, 1.0, -1.0) * (0.5 + row / rows),
+        old_log_prob=usual_log_prob(old, sample, prev_sample, table.rows, step),
+        model_output=new.requires_grad_(),
+        uncond_output=uncond,
+        old_model_output=old,
+        sample=sample,
+        prev_sample=prev_sample,
+        noise=noise,
+    )
+
+
+def cases(*ops: Op) -> list[Any]:
+    """The operations at all shapes and numbers of rows, as parameters of a test."""
+    return [
+        pytest.param(case, id=case.name.replace(", ", "-").replace(" ", "_"))
+        for op in ops
+        for shape in SHAPES
+        for case in _rows(op, shape)
+    ]
+
+
+def _rows(op: Op, shape: str) -> Iterator[Case]:
+    device = default_device()
+    if device.type == "cpu":
+        yield Case(op, shape, CPU_ROWS, 0, compiled=True)
+        return
+    row_bytes = op.bytes_per_element(device) * math.prod(SHAPES[shape])
+    beyond_cache = 3 * torch.cuda.get_device_properties(device).L2_cache_size
+    # one call alone moves three times the cache
+    full = max(GPU_ROWS[-1], 2 ** math.ceil(math.log2(beyond_cache / row_bytes)))
+    for rows in sorted({*GPU_ROWS, full}):
+        priority = 0 if rows == full else 1 if rows == GPU_COMPILED_ROWS else 2
+        yield Case(op, shape, rows, priority, compiled=priority < 2)
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, *, scale: Tensor | float, tolerance: float) -> None:
+    """Every element within `tolerance` times `scale` of the float64 value, in rounding units of what is stored too."""
+    assert actual.shape == expected.shape, f"{name} has shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    storage = torch.finfo(actual.dtype).eps
+    excess = (actual.double() - expected).abs() - storage * expected.abs() - tolerance * scale
+    # a NaN is not below either
+    assert (excess <= 0).all(), f"{name} is off by up to {excess.max().item():.3g} more than allowed"
+
+
+def row_rms(expected: Tensor) -> Tensor:
+    return expected.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (expected.dim() - 1))
