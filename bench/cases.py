@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcpo_fast import StepTable, ddim_table
+from pcpo_fast import StepTable, ddim_table, sample_noise
 
 SHAPES = {
     "SD 1.5 512px": (4, 64, 64),
@@ -30,8 +31,8 @@ GUIDANCE = 5.0
 CLIP_RANGE = 1e-3
 CPU_ROWS = 8
 GPU_ROWS = (4, 16, 64)
-# torch.compile takes seconds per case, so on a GPU it joins at these rows and at the largest
-GPU_COMPILED_ROWS = 16
+# variants of an operation are compared at these shapes and, on a GPU, at the most rows only
+VARIANT_SHAPES = ("SD 1.5 512px", "FLUX 1024px")
 
 Outputs = dict[str, Tensor]
 
@@ -46,14 +47,25 @@ class Inputs:
     seed: Tensor
     advantages: Tensor
     old_log_prob: Tensor
-    # in the model's dtype: the new policy's output (also the conditional one), the unconditional and the old one
+    # in the model's dtype: the new policy's output, the two that guidance makes (nearly) it from, and the old one
     model_output: Tensor
+    cond_output: Tensor
     uncond_output: Tensor
     old_model_output: Tensor
     # in the latents' dtype; noise is that of the stored prev_sample
     sample: Tensor
     prev_sample: Tensor
     noise: Tensor
+
+    def copy(self) -> Inputs:
+        """The same in other memory."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        copies = {
+            name: value.detach().clone().requires_grad_(value.requires_grad)
+            for name, value in fields.items()
+            if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **copies)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +77,7 @@ class Op:
     formula: the usual formula, tensors to tensors; this is what torch.compile gets.
     usual: the formula on `Inputs`, with autograd where a gradient is asked for.
     ours: the same by this package, with the given `impl`.
-    check: raises AssertionError if the outputs are wrong.
+    check: raises AssertionError if a competitor's outputs are wrong.
     """
 
     name: str
@@ -74,7 +86,7 @@ class Op:
     formula: Callable[..., Any]
     usual: Callable[[Inputs, Callable[..., Any]], Outputs]
     ours: Callable[[Inputs, str], Outputs]
-    check: Callable[[Inputs, Outputs], None]
+    check: Callable[[Inputs, Outputs, str], None]
 
     def bytes(self, inputs: Inputs) -> int:
         """The floor: every input read once, every output written once. Per-row scalars are not counted."""
@@ -91,6 +103,7 @@ class Case(NamedTuple):
     rows: int
     # cases run in this order
     priority: int
+    # torch.compile takes seconds per case, so on a GPU it joins at the most rows only
     compiled: bool
 
     @property
@@ -141,10 +154,12 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
     step = (row * 7) % 40
     a, b, s = (column.double() for column in per_row(table.rows, step, randn()))
     old, uncond = randn().to(model_dtype), randn().to(model_dtype)
-    sample, noise, change = randn(), randn(), randn()
+    sample, change = randn(), randn()
+    noise = sample_noise((rows, *shape), table, step, seed=seed, sample_index=row, impl="torch")
     # every other row moves along its noise: far outside the clip range
     far = (row % 2).view(-1, *[1] * len(shape))
     new = (old.float() + 1e-2 * (change + far * noise)).to(model_dtype)
+    cond = (uncond.float() + (new.float() - uncond.float()) / GUIDANCE).to(model_dtype)
     prev_sample = (a * sample + b * old.double() + s * noise).to(latent_dtype)
     noise = ((prev_sample - a * sample - b * old.double()) / s).to(latent_dtype)
     sample = sample.to(latent_dtype)
@@ -156,7 +171,8 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
         advantages=torch.where(row % 4 < 2, 1.0, -1.0) * (0.5 + row / rows),
         old_log_prob=usual_log_prob(old, sample, prev_sample, table.rows, step),
         model_output=new.requires_grad_(),
-        uncond_output=uncond,
+        cond_output=cond.requires_grad_(),
+        uncond_output=uncond.requires_grad_(),
         old_model_output=old,
         sample=sample,
         prev_sample=prev_sample,
@@ -164,14 +180,22 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
     )
 
 
-def cases(*ops: Op) -> list[Any]:
-    """The operations at all shapes and numbers of rows, as parameters of a test."""
-    return [
-        pytest.param(case, id=case.name.replace(", ", "-").replace(" ", "_"))
-        for op in ops
-        for shape in SHAPES
+def guided(cond_output: Tensor, uncond_output: Tensor) -> Tensor:
+    """Guidance as the usual code has it, in the model's dtype."""
+    return uncond_output + GUIDANCE * (cond_output - uncond_output)
+
+
+def cases(*ops: Op, variants: tuple[Op, ...] = ()) -> list[Any]:
+    """The operations at all shapes and numbers of rows, and variants at few, as parameters of a test."""
+    found = [case for op in ops for shape in SHAPES for case in _rows(op, shape)]
+    found += [
+        case._replace(priority=1)
+        for op in variants
+        for shape in VARIANT_SHAPES
         for case in _rows(op, shape)
+        if case.priority == 0
     ]
+    return [pytest.param(case, id=re.sub("[^a-zA-Z0-9.]+", "_", case.name)) for case in found]
 
 
 def _rows(op: Op, shape: str) -> Iterator[Case]:
@@ -182,10 +206,9 @@ def _rows(op: Op, shape: str) -> Iterator[Case]:
     row_bytes = op.bytes_per_element(device) * math.prod(SHAPES[shape])
     beyond_cache = 3 * torch.cuda.get_device_properties(device).L2_cache_size
     # one call alone moves three times the cache
-    full = max(GPU_ROWS[-1], 2 ** math.ceil(math.log2(beyond_cache / row_bytes)))
-    for rows in sorted({*GPU_ROWS, full}):
-        priority = 0 if rows == full else 1 if rows == GPU_COMPILED_ROWS else 2
-        yield Case(op, shape, rows, priority, compiled=priority < 2)
+    most = max(GPU_ROWS[-1], 2 ** math.ceil(math.log2(beyond_cache / row_bytes)))
+    for rows in sorted({*GPU_ROWS, most}):
+        yield Case(op, shape, rows, 0 if rows == most else 2, compiled=rows == most)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, *, scale: Tensor | float, tolerance: float) -> None:
@@ -199,3 +222,14 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, *, scale: Tensor |
 
 def row_rms(expected: Tensor) -> Tensor:
     return expected.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (expected.dim() - 1))
+
+
+def guidance_slack(i: Inputs) -> Tensor:
+    """How far a guided output may be off: the usual code rounds the difference, its product and the sum."""
+    cond, uncond = i.cond_output.detach().double(), i.uncond_output.detach().double()
+    return 2 * torch.finfo(i.cond_output.dtype).eps * (uncond.abs() + GUIDANCE * (cond - uncond).abs())
+
+
+def check_guided_output(i: Inputs, actual: Tensor) -> None:
+    expected = guided(i.cond_output.detach().double(), i.uncond_output.detach().double())
+    assert_close("guided", actual, expected, scale=guidance_slack(i), tolerance=1.0)

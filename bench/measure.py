@@ -99,14 +99,25 @@ def _take_turns_cpu(calls: dict[str, Call], slots: Sequence[Any], seconds: float
 
 def _take_turns_gpu(calls: dict[str, Call], slots: Sequence[Any], seconds: float) -> dict[str, Measured]:
     replays, sizes, hosts = {}, {}, {}
-    for name, call in calls.items():
-        for turn in range(GPU_WARMUPS):
-            call(slots[turn % len(slots)])
-        torch.cuda.synchronize()
-        hosts[name] = _host_seconds(call, slots)
-        replays[name], sizes[name] = _captured(call, slots)
+    # all of it on one stream: autograd remembers which stream a leaf was used on, and capture allows no other
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for name, call in calls.items():
+            for slot in slots:
+                call(slot)
+            torch.cuda.synchronize()
+            hosts[name] = _host_seconds(call, slots)
+            replays[name], sizes[name] = _captured(call, slots, stream)
+        return _replayed(replays, sizes, hosts, seconds)
+
+
+def _replayed(
+    replays: dict[str, Callable[[], None]], sizes: dict[str, int], hosts: dict[str, float], seconds: float
+) -> dict[str, Measured]:
+    """Times the replays in turns. `sizes`: calls per replay."""
     times = collections.defaultdict(list)
-    names = list(calls)
+    names = list(replays)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     deadline = time.perf_counter() + seconds
     for turn in range(GPU_ROUNDS):
@@ -136,7 +147,7 @@ class _DirectCalls:
             self.call(self.slots[turn % len(self.slots)])
 
 
-def _captured(call: Call, slots: Sequence[Any]) -> tuple[Callable[[], None], int]:
+def _captured(call: Call, slots: Sequence[Any], stream: torch.cuda.Stream) -> tuple[Callable[[], None], int]:
     """A replay of many calls on rotating inputs, and how many."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -150,7 +161,7 @@ def _captured(call: Call, slots: Sequence[Any]) -> tuple[Callable[[], None], int
     outputs: collections.deque[Any] = collections.deque(maxlen=len(slots))
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for turn in range(number):
                 outputs.append(call(slots[turn % len(slots)]))
         replay = graph.replay

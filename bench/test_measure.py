@@ -1,13 +1,17 @@
-"""The measuring itself, on cases whose answer is known."""
+"""The measuring and the gate before it, on cases whose answer is known."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import default_device
+from cases import default_device, make_inputs
 from measure import RecordedTimes, peak_extra_bytes, take_turns
+from test_policy_loss import FORWARD, GRADIENT, GUIDED, KEY, STATES
+from test_sampler_step import DRAWN, GIVEN, RETURNED
+from test_step_log_prob import RATIO, WITH_GRADIENT
 
 MIB = 2**20
+OPS = (FORWARD, GRADIENT, STATES, KEY, GUIDED, GIVEN, DRAWN, RETURNED, WITH_GRADIENT, RATIO)
 
 
 def test_peak_memory_is_the_peak_and_not_the_total():
@@ -57,3 +61,31 @@ def test_pytest_benchmark_takes_over_recorded_times(benchmark):
     if benchmark.enabled:
         assert benchmark.stats.stats.median == pytest.approx(2.0)
         assert benchmark.stats.stats.rounds == 3
+
+
+def damage(outputs, name):
+    tensor = outputs[name].clone()
+    flat = tensor.view(-1)
+    return {
+        "one element": {
+            **outputs,
+            name: flat.index_put((torch.tensor(-1),), flat[-1] + flat.abs().max()).view_as(tensor),
+        },
+        "a NaN": {**outputs, name: flat.index_put((torch.tensor(0),), flat[0] * float("nan")).view_as(tensor)},
+        "the scale": {**outputs, name: tensor * 1.05},
+    }
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_the_gate_closes(op):
+    """Right outputs pass, and outputs of which any one is wrong do not."""
+    inputs = make_inputs(4, (4, 16, 16), torch.device("cpu"), seed=1)
+    for competitor in ("eager", "ours-torch"):
+        outputs = op.usual(inputs, op.formula) if competitor == "eager" else op.ours(inputs, "torch")
+        outputs = {name: value.detach() for name, value in outputs.items()}
+        op.check(inputs, outputs, competitor)
+        for name in outputs:
+            for what, wrong in damage(outputs, name).items():
+                with pytest.raises(AssertionError):
+                    op.check(inputs, wrong, competitor)
+                    pytest.fail(f"{what} of {competitor}'s {name} went unnoticed")

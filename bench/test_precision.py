@@ -23,7 +23,7 @@ TARGETS = tuple(10.0 ** (exponent / 2) for exponent in range(-16, -3))
 CLIP_RANGE = 1e-4
 # what the figure calls them, and where
 METHODS = {
-    "bf16": ("subtract log-probs,\nlatents rounded to bf16 in between", 3e-6, 8e3),
+    "bf16": ("subtract log-probs,\nlatents rounded to bf16", 3e-6, 8e3),
     "fp32": ("subtract fp32 log-probs", 1e-8, 5e-3),
     "difference": ("difference form: pcpo_fast.policy_loss", 4e-8, 2e-5),
 }

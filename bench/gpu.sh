@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one go, in under 8 minutes and without network: tests, benchmarks, launch settings.
+# Needs python3 with torch, triton, pytest and pytest-benchmark (and matplotlib, for the pictures).
+#
+#   bash bench/gpu.sh                    # results in bench/results/<device>
+#   OUT=/tmp/out PYTHON=python3.12 bash bench/gpu.sh
+#   WHEELS=folder bash bench/gpu.sh      # wheels to put on the path first, such as that of a missing package
+#
+# Exits with 1 if any part failed; the parts after it are run all the same.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
+PYTHON=${PYTHON:-python3}
+TESTS_SECONDS=${TESTS_SECONDS:-150}
+BENCH_SECONDS=${BENCH_SECONDS:-240}
+TUNE_SECONDS=${TUNE_SECONDS:-45}
+
+# the package as pyproject.toml maps it, without installing anything
+SITE=$(mktemp -d) || exit 1
+trap 'rm -rf "$SITE"' EXIT
+mkdir "$SITE/pcpo_fast"
+ln -s "$PWD"/pcpo_fast/* "$PWD/kernels" "$PWD/reference" "$SITE/pcpo_fast/"
+# PYTHONSAFEPATH keeps this folder, where the package is not whole, off the path
+export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
+
+# part NAME SECONDS COMMAND...
+part() {
+    local name=$1 seconds=$2
+    shift 2
+    echo
+    echo "== $name"
+    # an interrupt lets pytest write what it has
+    timeout --signal=INT --kill-after=20 "$seconds" "$@"
+    local status=$?
+    if [ $status -eq 124 ]; then echo "== $name: stopped after $seconds s"; fi
+    echo "== $name: exit status $status, $SECONDS s since the start"
+    [ $status -eq 0 ] || failed+=("$name")
+}
+
+everything() {
+    failed=()
+    if [ -n "${WHEELS:-}" ]; then
+        part wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+    fi
+    part versions 60 "$PYTHON" -c '
+import pcpo_fast, torch, triton
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_fast from {pcpo_fast.__path__[0]}")'
+    part tests "$TESTS_SECONDS" "$PYTHON" -m pytest --junitxml "$OUT/tests.xml" --durations 5 -p no:cacheprovider \
+        tests/test_policy_loss.py tests/test_sampler_step.py tests/test_step_log_prob.py \
+        tests/test_philox.py tests/test_ops.py tests/test_kernels_compile.py
+    part benchmarks $((BENCH_SECONDS + 30)) "$PYTHON" -m pytest bench -p no:cacheprovider \
+        --time-budget "$BENCH_SECONDS" --save-results "$OUT"
+    part 'launch settings' $((TUNE_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$TUNE_SECONDS" --output "$OUT/tune.json"
+    echo
+    if [ ${#failed[@]} -gt 0 ]; then
+        printf 'FAILED: %s\n' "${failed[@]}"
+        return 1
+    fi
+    echo "all parts passed in $SECONDS s"
+}
+
+everything 2>&1 | tee "$OUT/gpu.log"
+exit "${PIPESTATUS[0]}"
