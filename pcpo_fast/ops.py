@@ -10,6 +10,7 @@ underflow; the backward pass multiplies once.
 
 Conventions: rows are dim 0 and everything behind it is flattened as a row's elements. `step` is one index into the
 table for all rows, or an int64 tensor with one per row, whose values are not checked (that would wait for the GPU).
+On a GPU an op is one kernel launch if `step`, `seed` and `sample_index` are tensors: making them costs a small one each.
 Arithmetic is float32 for bfloat16, float16 and float32 inputs, mixed or not, and float64 if an input is float64.
 The same inputs give the same bits, and a row alone gives the same bits as in a batch. No op waits for the GPU.
 """
@@ -105,7 +106,7 @@ def sampler_step(
     step = _check_step(step, table, model_output)
     if (noise is None) == (seed is None):
         raise ValueError(f"{'neither' if noise is None else 'both'} of noise and seed given: give exactly one of them")
-    seed, sample_index = _check_key(seed, sample_index, step)
+    key = (None, None) if seed is None else _check_key(seed, sample_index, step)
     with torch.no_grad():
         prev_sample, guided, stored_noise, log_prob = torch.ops.pcpo_fast.sampler_step(
             model_output,
@@ -115,8 +116,7 @@ def sampler_step(
             uncond_output,
             guidance_scale,
             noise,
-            seed,
-            sample_index,
+            *key,
             return_noise,
             _resolve_impl(impl, model_output, *tensors.values()),
         )
@@ -202,16 +202,12 @@ def step_log_ratio(
     tensors = {"old_model_output": old_model_output, "noise": noise, "sample": sample, "prev_sample": prev_sample}
     _check_like(model_output, tensors)
     step = _check_step(step, table, model_output)
-    seed, sample_index = _check_noise_source(noise, seed, sample_index, sample, prev_sample, step)
+    source = _check_noise_source(noise, seed, sample_index, sample, prev_sample, step)
     _check_choice("reduction", reduction, ("mean", "sum"))
     log_ratio, _, _ = torch.ops.pcpo_fast.step_log_ratio(
         model_output,
         old_model_output.detach(),
-        _detach(noise),
-        seed,
-        sample_index,
-        _detach(sample),
-        _detach(prev_sample),
+        *source,
         table.rows,
         step,
         reduction,
@@ -301,7 +297,7 @@ def policy_loss(
             f"uncond_output has dtype {uncond_output.dtype} and model_output {model_output.dtype}; make them equal"
         )
     step = _check_step(step, table, model_output)
-    seed, sample_index = _check_noise_source(noise, seed, sample_index, sample, prev_sample, step)
+    source = _check_noise_source(noise, seed, sample_index, sample, prev_sample, step)
     _check_per_row("advantages", advantages, model_output)
     if not advantages.is_floating_point():
         raise ValueError(f"advantages has dtype {advantages.dtype}; convert it to a floating type")
@@ -314,11 +310,7 @@ def policy_loss(
         uncond_output,
         guidance_scale,
         old_model_output.detach(),
-        _detach(noise),
-        seed,
-        sample_index,
-        _detach(sample),
-        _detach(prev_sample),
+        *source,
         table.rows,
         step,
         advantages.detach(),
@@ -365,10 +357,9 @@ def sample_noise(
     step = _check_step(step, table, like)
     # as a signed 64-bit number
     stream_key = (stream * STREAM_KEY + 2**63) % 2**64 - 2**63
-    seed, sample_index = _check_key(seed, sample_index, step)
-    seed = seed ^ stream_key
+    key, sample_index = _check_key(seed, sample_index, step)
     noise = torch.ops.pcpo_fast.sample_noise(
-        seed, sample_index, step, len(table.rows), like[0].numel(), _resolve_impl(impl, like)
+        key ^ stream_key, sample_index, step, len(table.rows), like[0].numel(), _resolve_impl(impl, like)
     )
     return noise.view(shape)
 
@@ -416,12 +407,8 @@ def _check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> T
     return torch.full(model_output.shape[:1], step, dtype=torch.int64, device=model_output.device)
 
 
-def _check_key(
-    seed: int | Tensor | None, sample_index: Tensor | None, step: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """What noise is drawn from, as device tensors; nothing without a seed."""
-    if seed is None:
-        return None, None
+def _check_key(seed: int | Tensor, sample_index: Tensor | None, step: Tensor) -> tuple[Tensor, Tensor]:
+    """What noise is drawn from, as device tensors: the seed, 0-d, and the rows' sample indices."""
     if sample_index is None:
         sample_index = torch.arange(len(step), device=step.device)
     else:
@@ -445,14 +432,15 @@ def _check_noise_source(
     sample: Tensor | None,
     prev_sample: Tensor | None,
     step: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The checked key, if the one source of z is a key."""
+) -> tuple[Tensor | None, ...]:
+    """The one source of z, as the operators take it: noise, seed, sample index, sample, previous sample."""
     states = sample is not None or prev_sample is not None
     if (noise is not None) + (seed is not None) + states != 1 or (sample is None) != (prev_sample is None):
         given = {"noise": noise, "seed": seed, "sample": sample, "prev_sample": prev_sample}
         names = ", ".join(name for name, value in given.items() if value is not None) or "nothing"
         raise ValueError(f"z is given by {names}; give exactly one of noise, seed, or sample and prev_sample")
-    return _check_key(seed, sample_index, step)
+    key = (None, None) if seed is None else _check_key(seed, sample_index, step)
+    return _detach(noise), *key, _detach(sample), _detach(prev_sample)
 
 
 def _detach(tensor: Tensor | None) -> Tensor | None:

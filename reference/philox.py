@@ -50,13 +50,14 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     return (radius * angle.cos()).float(), radius.mul_(angle.sin_()).float()
 
 
-def noise_tile(
-    seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int, rows: slice, columns: slice
-) -> Tensor:
-    """float32 N(0, 1) for a tile of (rows, numel) whose first column is a multiple of 4."""
-    first = (sample_index[rows] * num_steps + step[rows]) * -(-numel // 4)
-    quads = torch.arange(columns.start // 4, -(-columns.stop // 4), device=seed.device)
-    offset = first[:, None] + quads
+def first_counters(sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
+    """The counter of each row's first element, (rows, 1)."""
+    return (sample_index * num_steps + step).mul_(-(-numel // 4))[:, None]
+
+
+def noise_tile(seed: Tensor, first_counter: Tensor, columns: slice) -> Tensor:
+    """float32 N(0, 1) for some columns, the first a multiple of 4, of the rows with these first counters."""
+    offset = first_counter + torch.arange(columns.start // 4, -(-columns.stop // 4), device=seed.device)
     zero = torch.zeros_like(offset)
     w0, w1, w2, w3 = philox4x32((offset & WORD, (offset >> 32) & WORD, zero, zero), (seed & WORD, (seed >> 32) & WORD))
     lanes = (*normal_pair(w0, w1), *normal_pair(w2, w3))
@@ -65,4 +66,5 @@ def noise_tile(
 
 def sample_noise(seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
     """The noise of every row, (rows, numel) float32."""
-    return noise_tile(seed, sample_index, step, num_steps, numel, slice(0, len(step)), slice(0, numel)).contiguous()
+    first_counter = first_counters(sample_index, step, num_steps, numel)
+    return noise_tile(seed, first_counter, slice(0, numel)).contiguous()

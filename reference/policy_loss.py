@@ -23,14 +23,16 @@ from .affine import (
     Coefficients,
     affine_mean,
     as_rows,
+    cast,
     chunk_sums,
     compute_dtype,
     guided_output,
     reduction_scale,
+    row_numel,
     row_sums,
     tiles,
 )
-from .philox import noise_tile
+from .philox import first_counters, noise_tile
 
 
 def policy_loss_oracle(
@@ -49,7 +51,7 @@ def policy_loss_oracle(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
-    coef = Coefficients.of(table, step)
+    coef = Coefficients(table, step, torch.float64)
     weight = coef.weight
     advantages = advantages.double()
     reduce = torch.mean if reduction == "mean" else torch.sum
@@ -119,12 +121,11 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 1): of the
     direction, or (rows, 2): of the direction and of m_new - m_ref."""
-    coef = Coefficients.of(table, step)
-    source = (noise, seed, sample_index, sample, prev_sample)
-    outputs = (model_output, uncond_output, guidance_scale, old_model_output)
-    ez, rr, direction = _pass(*outputs, *source, table, step, coef, ref_model_output, objective)
-    dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
-    scale = reduction_scale(model_output[0].numel(), reduction)
+    coef, ez, rr, direction = _pass(
+        *(model_output, uncond_output, guidance_scale, old_model_output),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, objective),
+    )
+    dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
     weight = coef.weight.squeeze(1)
     if objective == "guard":
         weight = weight * coef.std.squeeze(1)
@@ -134,11 +135,11 @@ def policy_loss(
         loss, slope = (t / coef.interval.squeeze(1) for t in (loss, slope))
     coefficients = slope.mul_(weight)[:, None]
     if rr is not None:
-        kl = kl_weight * coef.native_weight.square()
+        kl = kl_weight * coef.native_weight.double().square()
         loss = loss + 0.5 * scale * kl.squeeze(1) * rr
         coefficients = torch.cat([coefficients, kl], dim=1)
     coefficients = coefficients.mul_(scale / len(step)).to(dtype)
-    return loss.mean().to(dtype), log_ratio.to(dtype), clipped, direction, coefficients
+    return loss.mean(dtype=dtype), log_ratio.to(dtype), clipped, direction, coefficients
 
 
 def step_log_ratio(
@@ -154,12 +155,12 @@ def step_log_ratio(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's log-ratio; the direction z + w e of its gradient, and its coefficient (rows, 1)."""
-    coef = Coefficients.of(table, step)
-    source = (noise, seed, sample_index, sample, prev_sample)
-    ez, _, direction = _pass(model_output, None, 1.0, old_model_output, *source, table, step, coef, None, "log_ratio")
-    dtype = compute_dtype(model_output, old_model_output, noise, sample, prev_sample)
-    coefficient = -reduction_scale(model_output[0].numel(), reduction) * coef.weight
-    return (ez * coefficient.squeeze(1)).to(dtype), direction, coefficient.to(dtype)
+    coef, ez, _, direction = _pass(
+        *(model_output, None, 1.0, old_model_output),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, None, "log_ratio"),
+    )
+    dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
+    return (ez * coef.weight.squeeze(1)).mul_(-scale).to(dtype), direction, -scale * coef.weight
 
 
 def _pass(
@@ -174,46 +175,45 @@ def _pass(
     prev_sample: Tensor | None,
     table: Tensor,
     step: Tensor,
-    coef: Coefficients,
     ref_model_output: Tensor | None,
     objective: str,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Each row's <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e; for guard, without w."""
+) -> tuple[Coefficients, Tensor, Tensor | None, Tensor]:
+    """Each row's coefficients, <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e; for guard
+    without the terms in w."""
     dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
-    new, old, towards = (as_rows(t) for t in (model_output, old_model_output, direction))
-    uncond, z_given, x, x_prev, ref = (
-        None if t is None else as_rows(t) for t in (uncond_output, noise, sample, prev_sample, ref_model_output)
-    )
-    rows, numel = new.shape
-    a, b, inverse_std, weight = (c.to(dtype) for c in (coef.sample, coef.output, coef.inverse_std, coef.weight))
-    half_weight = weight / 2
+    rows, numel = len(step), row_numel(model_output)
+    coef = Coefficients(table, step, dtype)
+    states = (None, None, None) if sample is None else (coef.sample, coef.output, coef.inverse_std)
+    first_counter = None if seed is None else first_counters(sample_index, step, table.shape[0], numel)
+    optional = (uncond_output, noise, sample, prev_sample, ref_model_output)
+    per_element = (None if t is None else as_rows(t) for t in optional)
     sums, ref_sums = [], []
 
-    for tile in tiles(rows, numel, new.device):
-        of_tile = tile[0]
-        m_new, m_old, target = new[tile], old[tile].to(dtype), towards[tile]
+    for columns, new, old, target, uncond, z, x, x_prev, ref, weight, half_weight, a, b, inverse_std, counter in tiles(
+        *map(as_rows, (model_output, old_model_output, direction)),
+        *(*per_element, coef.weight, coef.weight / 2, *states, first_counter),
+    ):
         if uncond is not None:
-            m_new = guided_output(m_new, uncond[tile], guidance_scale, dtype, torch.empty_like(m_new))
-        m_new = m_new.to(dtype)
-        if z_given is not None:
-            z = z_given[tile].to(dtype)
-        elif seed is not None:
-            z = noise_tile(seed, sample_index, step, table.shape[0], numel, *tile).to(dtype)
-        else:
-            mean = affine_mean(x[tile].to(dtype), m_old, a[of_tile], b[of_tile])
-            z = torch.sub(x_prev[tile].to(dtype), mean, out=mean).mul_(inverse_std[of_tile])
-        e = m_new - m_old
+            new = guided_output(new, uncond, guidance_scale, dtype, torch.empty_like(new))
+        new, old = cast(new, dtype), cast(old, dtype)
+        if x is not None:
+            mean = affine_mean(cast(x, dtype), old, a, b)
+            z = torch.sub(cast(x_prev, dtype), mean, out=mean).mul_(inverse_std)
+        elif counter is not None:
+            z = noise_tile(seed, counter, columns)
+        z = cast(z, dtype)
+        e = new - old
         scratch = target if target.dtype == dtype else torch.empty_like(e)
         if objective == "guard":
             sums.append(chunk_sums(torch.mul(e, z, out=scratch)))
             target.copy_(z)
         else:
-            sums.append(chunk_sums(torch.addcmul(z, e, half_weight[of_tile], out=scratch).mul_(e)))
-            torch.addcmul(z, e, weight[of_tile], out=scratch)
+            sums.append(chunk_sums(torch.addcmul(z, e, half_weight, out=scratch).mul_(e)))
+            torch.addcmul(z, e, weight, out=scratch)
             if scratch is not target:
                 target.copy_(scratch)
         if ref is not None:
-            ref_sums.append(chunk_sums(torch.sub(m_new, ref[tile].to(dtype), out=e).square_()))
+            ref_sums.append(chunk_sums(torch.sub(new, cast(ref, dtype), out=e).square_()))
 
-    return row_sums(sums, rows), row_sums(ref_sums, rows) if ref_sums else None, direction
+    return coef, row_sums(sums, rows), row_sums(ref_sums, rows) if ref_sums else None, direction

@@ -12,14 +12,16 @@ from .affine import (
     Coefficients,
     affine_mean,
     as_rows,
+    cast,
     chunk_sums,
     compute_dtype,
     gaussian_log_prob,
     guided_output,
+    row_numel,
     row_sums,
     tiles,
 )
-from .philox import noise_tile
+from .philox import first_counters, noise_tile
 
 
 def sampler_step_oracle(
@@ -37,7 +39,8 @@ def sampler_step_oracle(
     if uncond_output is not None:
         uncond = uncond_output.double().flatten(1)
         m = uncond + guidance_scale * (m - uncond)
-    a, b, s, *_ = Coefficients.of(table, step)
+    coef = Coefficients(table, step, torch.float64)
+    a, b, s = coef.sample, coef.output, coef.std
     random = s > 0
     policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     prev_sample = torch.where(random, policy.mean + policy.stddev * z, policy.mean)
@@ -62,34 +65,31 @@ def sampler_step(
     dtype = compute_dtype(model_output, sample, uncond_output, noise)
     prev_sample = torch.empty_like(sample, memory_format=torch.contiguous_format)
     stored_noise = torch.empty_like(prev_sample, dtype=dtype) if return_noise else prev_sample.new_empty(0, dtype=dtype)
-    guided = model_output.new_empty(0)
-    m, x, x_prev = (as_rows(t) for t in (model_output, sample, prev_sample))
-    if uncond_output is not None:
-        guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
-        cond, uncond, m = m, as_rows(uncond_output), as_rows(guided)
-    rows, numel = x.shape
-    z_given, z_stored = (as_rows(t) if t is not None and t.numel() else None for t in (noise, stored_noise))
-    coef = Coefficients.of(table, step)
-    a, b, std, inverse_std = (c.to(dtype) for c in (coef.sample, coef.output, coef.std, coef.inverse_std))
+    guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
+    if uncond_output is None:
+        guided = model_output.new_empty(0)
+    rows, numel = sample.shape[0], row_numel(sample)
+    coef = Coefficients(table, step, dtype)
+    per_row = (coef.sample, coef.output, coef.std, coef.inverse_std)
+    first_counter = None if seed is None else first_counters(sample_index, step, table.shape[0], numel)
+    optional = (uncond_output, guided, noise, stored_noise if return_noise else None)
+    per_element = (None if t is None or t.numel() == 0 else as_rows(t) for t in optional)
     squares = []
 
-    for tile in tiles(rows, numel, x.device):
-        of_tile = tile[0]
-        if uncond_output is not None:
-            guided_output(cond[tile], uncond[tile], guidance_scale, dtype, m[tile])
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), a[of_tile], b[of_tile])
-        if z_given is not None:
-            z = z_given[tile].to(dtype)
+    for columns, x, m, x_prev, uncond, m_guided, z, z_stored, a, b, std, inverse_std, counter in tiles(
+        *map(as_rows, (sample, model_output, prev_sample)), *per_element, *per_row, first_counter
+    ):
+        if uncond is not None:
+            m = guided_output(m, uncond, guidance_scale, dtype, m_guided)
+        mean = affine_mean(cast(x, dtype), cast(m, dtype), a, b)
+        z = noise_tile(seed, counter, columns) if z is None else z
+        if x_prev.dtype == dtype:
+            torch.addcmul(mean, cast(z, dtype), std, out=x_prev)
         else:
-            z = noise_tile(seed, sample_index, step, table.shape[0], numel, *tile).to(dtype)
-        new = x_prev[tile]
-        if new.dtype == dtype:
-            torch.addcmul(mean, z, std[of_tile], out=new)
-        else:
-            new.copy_(torch.addcmul(mean, z, std[of_tile]))
-        difference = torch.sub(new.to(dtype), mean, out=mean)
-        z = torch.mul(difference, inverse_std[of_tile], out=difference if z_stored is None else z_stored[tile])
+            x_prev.copy_(torch.addcmul(mean, cast(z, dtype), std))
+        difference = torch.sub(cast(x_prev, dtype), mean, out=mean)
+        z = torch.mul(difference, inverse_std, out=difference if z_stored is None else z_stored)
         squares.append(chunk_sums(torch.mul(z, z, out=difference)))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std.squeeze(1), numel, "mean")
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, "mean")
     return prev_sample, guided, stored_noise, log_prob.to(dtype)

@@ -12,6 +12,7 @@ from .affine import (
     Coefficients,
     affine_mean,
     as_rows,
+    cast,
     chunk_sums,
     compute_dtype,
     gaussian_log_prob,
@@ -26,7 +27,8 @@ def step_log_prob_oracle(
 ) -> Tensor:
     """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
-    a, b, s, *_ = Coefficients.of(table, step)
+    coef = Coefficients(table, step, torch.float64)
+    a, b, s = coef.sample, coef.output, coef.std
     random = s > 0
     log_prob = Normal(a * x + b * m, torch.where(random, s, 1.0)).log_prob(x_prev)
     log_prob = torch.where(random, log_prob, 0.0)
@@ -41,16 +43,17 @@ def step_log_prob(
     direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     m, x, x_prev, towards = (as_rows(t) for t in (model_output, sample, prev_sample, direction))
     rows, numel = m.shape
-    coef = Coefficients.of(table, step)
-    a, b, inverse_std = (c.to(dtype) for c in (coef.sample, coef.output, coef.inverse_std))
+    coef = Coefficients(table, step, dtype)
+    b, inverse_std = coef.output, coef.inverse_std
     squares = []
 
-    for tile in tiles(rows, numel, m.device):
-        mean = affine_mean(x[tile].to(dtype), m[tile].to(dtype), a[tile[0]], b[tile[0]])
-        z = torch.sub(x_prev[tile].to(dtype), mean, out=mean).mul_(inverse_std[tile[0]])
-        towards[tile] = z
+    for _, m_tile, x_tile, x_prev_tile, target, a, b_tile, inverse in tiles(
+        m, x, x_prev, towards, coef.sample, b, inverse_std
+    ):
+        mean = affine_mean(cast(x_tile, dtype), cast(m_tile, dtype), a, b_tile)
+        z = torch.sub(cast(x_prev_tile, dtype), mean, out=mean).mul_(inverse)
+        target.copy_(z)
         squares.append(chunk_sums(z.square_()))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std.squeeze(1), numel, reduction)
-    coefficient = reduction_scale(numel, reduction) * coef.output * coef.inverse_std
-    return log_prob.to(dtype), direction, coefficient.to(dtype)
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, reduction)
+    return log_prob.to(dtype), direction, reduction_scale(numel, reduction) * b * inverse_std
