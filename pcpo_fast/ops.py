@@ -10,7 +10,7 @@ underflow; the backward pass multiplies once.
 
 Conventions: rows are dim 0 and everything behind it is flattened as a row's elements. `step` is one index into the
 table for all rows, or an int64 tensor with one per row, whose values are not checked (that would wait for the GPU).
-On a GPU an op is one kernel launch if `step`, `seed` and `sample_index` are tensors: making them costs a small one each.
+On a GPU an op is one kernel launch if `step`, `seed` and `sample_index` are tensors: making one costs a small launch.
 Arithmetic is float32 for bfloat16, float16 and float32 inputs, mixed or not, and float64 if an input is float64.
 The same inputs give the same bits, and a row alone gives the same bits as in a batch. No op waits for the GPU.
 """

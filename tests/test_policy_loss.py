@@ -10,6 +10,8 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # of model_output, old_model_output, noise, ref_model_output
 DTYPES = {"fp32": (F32,) * 4, "bf16": (BF16,) * 4, "fp16": (F16,) * 4, "mixed": (F16, BF16, F32, F32)}
 # one element, one row, a power of two, a row split over programs
+OBJECTIVES = ["pcpo", "ppo", "guard"]
+GUIDANCE = 5.0
 SHAPES = [(5, 1), (1, 3, 5, 7), (6, 4, 8, 8), (3, 9001)]
 
 
@@ -50,9 +52,9 @@ def run_oracle(inputs, table, kl_weight=0.0, **kwargs):
     return loss.detach(), log_ratio.detach(), clipped, gradient
 
 
-def clip_range_between(inputs, table, reduction):
+def clip_range_between(inputs, table, reduction, objective):
     """A clip range halfway between two rows' log-ratios, so that some rows are clipped and none is a close call."""
-    log_ratio = run_oracle(inputs, table, reduction=reduction)[1].abs().sort().values
+    log_ratio = run_oracle(inputs, table, reduction=reduction, objective=objective)[1].abs().sort().values
     middle = len(log_ratio) // 2
     return max(1e-12, log_ratio[middle - 1 : middle + 1].mean().item() if middle else 2 * log_ratio[0].item())
 
@@ -61,11 +63,11 @@ def clip_range_between(inputs, table, reduction):
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("objective", ["pcpo", "ppo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_matches_float64_autograd(objective, reduction, kl_weight, dtypes, shape, table, impl, device, poisoned):
     inputs = make_inputs(shape, device, DTYPES[dtypes])
     settings = {"objective": objective, "reduction": reduction, "kl_weight": kl_weight}
-    settings["clip_range"] = clip_range_between(inputs, table, reduction)
+    settings["clip_range"] = clip_range_between(inputs, table, reduction, objective)
     loss, log_ratio, clipped, gradient = run(inputs, table, impl, **settings)
     want_loss, want_log_ratio, want_clipped, want_gradient = run_oracle(inputs, table, **settings)
     assert torch.equal(clipped, want_clipped)
@@ -74,19 +76,23 @@ def test_matches_float64_autograd(objective, reduction, kl_weight, dtypes, shape
     new, old, noise, step, advantages, ref = (t.double() if t.is_floating_point() else t for t in inputs)
     rows, numel = shape[0], new[0].numel()
     scale = 1 / numel if reduction == "mean" else 1.0
-    w, w_native = (table.rows[step, column].double() for column in (3, 4))
+    s, w, w_native, h = (table.rows[step, column].double() for column in (2, 3, 4, 5))
     e, z, away = (t.flatten(1) for t in (new - old, noise, new - ref))
+    if objective == "guard":
+        w, second, per_row = s * w, 0, 1 / h
+    else:
+        second, per_row = (w[:, None] * e).square(), 1
     # a sum of rounded products by a tree or in chunks: each term is off by at most (2 + log2(numel) + 16) half units
     unit = 16 * EPS
-    error = unit * scale * (w[:, None] * e * z).abs().add((w[:, None] * e).square()).sum(1)
+    error = unit * scale * (w[:, None] * e * z).abs().add(second).sum(1)
     assert ((log_ratio - want_log_ratio).abs() <= error).all()
     # the loss adds the error of exp and of the sum over rows
     kl_size = kl_weight * scale * 0.5 * (w_native[:, None] * away).square().sum(1)
-    loss_size = advantages.abs() * (error + unit) + unit * kl_size
+    loss_size = per_row * advantages.abs() * (error + unit) + unit * kl_size
     assert (loss - want_loss).abs() <= loss_size.mean()
     # the direction and the gradient are rounded to the output's dtype, at worst towards 0 (as the interpreter does)
     storage = torch.finfo(gradient.dtype)
-    slope = advantages.abs() * want_log_ratio.exp() * scale / rows
+    slope = per_row * advantages.abs() * want_log_ratio.exp() * scale / rows
     term = (slope * w).abs()[:, None] * (z.abs() + (w[:, None] * e).abs())
     kl_term = (kl_weight * w_native.square() * scale / rows)[:, None] * away.abs()
     tolerance = (2 * storage.eps + unit + error[:, None]) * (term + kl_term) + storage.smallest_normal * storage.eps
@@ -130,7 +136,7 @@ def test_tiny_log_ratio_keeps_its_digits(table, impl, device):
     assert ((log_probs[0] - log_probs[1] - want) / want).abs().max() > 1e-1
 
 
-@pytest.mark.parametrize("objective", ["pcpo", "ppo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_on_policy_is_exact(objective, table, impl, device):
     new, _, noise, step, advantages, ref = make_inputs((6, 4, 9, 7), device, DTYPES["bf16"])
     loss, log_ratio, clipped, _ = run(
@@ -139,6 +145,8 @@ def test_on_policy_is_exact(objective, table, impl, device):
     assert torch.equal(log_ratio, torch.zeros_like(log_ratio))
     assert not clipped.any()
     row_loss = 0.25 * advantages.abs() if objective == "pcpo" else -advantages
+    if objective == "guard":
+        row_loss = row_loss / table.rows[step, 5]
     torch.testing.assert_close(loss, row_loss.mean(), rtol=2 * EPS, atol=0)
 
 
@@ -225,7 +233,7 @@ def test_nothing_but_the_loss_has_a_gradient(table, impl, device):
     assert new.grad is not None and all(t.grad is None for t in (old, noise, advantages, ref))
 
 
-@pytest.mark.parametrize("objective", ["pcpo", "ppo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_is_not_finite_shows(objective, table, impl, device):
     inputs = make_inputs((4, 3, 5), device)
     inputs[0][2, 1, 1] = float("nan")
@@ -235,7 +243,7 @@ def test_what_is_not_finite_shows(objective, table, impl, device):
 
 
 @pytest.mark.parametrize("impl", ["torch"])
-@pytest.mark.parametrize("objective", ["pcpo", "ppo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_gradcheck(objective, table, impl, device):
     new, old, noise, step, advantages, ref = make_inputs((4, 2, 3), device)
     new = new.double().requires_grad_()
@@ -260,13 +268,18 @@ def test_gradcheck(objective, table, impl, device):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "dpo"}, "'pcpo', 'ppo'"),
+        ({"objective": "dpo"}, "'pcpo', 'ppo', 'guard'"),
         ({"reduction": "max"}, "'mean', 'sum'"),
         ({"clip_range": 0.0}, "positive"),
         ({"kl_weight": 0.1}, "needs ref_model_output"),
         ({"advantages": torch.ones(4)}, r"one per row, \(3,\)"),
         ({"advantages": torch.ones(3, dtype=torch.int64)}, "floating type"),
         ({"noise": torch.ones(3, 5)}, r"noise has shape \(3, 5\)"),
+        ({"noise": None}, "z is given by nothing"),
+        ({"seed": 1}, "z is given by noise, seed; give exactly one"),
+        ({"noise": None, "sample": torch.ones(3, 4)}, "z is given by sample; give exactly one"),
+        ({"noise": None, "seed": -1}, "0 <= seed"),
+        ({"uncond_output": torch.ones(3, 4).half()}, "uncond_output has dtype torch.float16"),
     ],
     ids=str,
 )
@@ -283,3 +296,112 @@ def test_errors_say_what_to_change(change, message, table, impl, device):
     }
     with pytest.raises(ValueError, match=message):
         ops.policy_loss(new, **arguments | change)
+
+
+def sampled(shape, device, table, impl, dtypes, guided=False):
+    """A step as a rollout takes it: the outputs that made it, the sample, what the sampler returned, and its key."""
+    cond, uncond, x, step, *_ = make_inputs(shape, device, (dtypes[0], dtypes[0], dtypes[1], F32))
+    key = {"seed": torch.tensor(7, device=device), "sample_index": torch.arange(len(step), device=device) + 2**33}
+    guidance = {"uncond_output": uncond, "guidance_scale": GUIDANCE} if guided else {}
+    return cond, uncond, x, step, key, ops.sampler_step(cond, x, table, step, **key, **guidance, impl=impl)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (3, 9001)], ids=str)
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32), (F16, F16)], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_source_of_z_gives_the_same_bits(objective, dtypes, shape, table, impl, device, poisoned):
+    _, new, x, step, key, out = sampled(shape, device, table, impl, dtypes)
+    inputs = [new, out.model_output, out.noise, step, torch.randn(len(step), device=device), None]
+    stored = run(inputs, table, impl, objective=objective, clip_range=1.0)
+    inputs[2] = None
+    states = {"sample": x, "prev_sample": out.prev_sample}
+    from_states = run(inputs, table, impl, objective=objective, clip_range=1.0, **states)
+    assert all(map(torch.equal, stored, from_states))
+    # the z that was drawn, where rounding x' has not made another of it
+    by_key = run(inputs, table, impl, objective=objective, clip_range=1.0, **key)
+    inputs[2] = ops.sample_noise(new.shape, table, step, **key, impl=impl)
+    assert all(map(torch.equal, by_key, run(inputs, table, impl, objective=objective, clip_range=1.0)))
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_guidance_inside(kl_weight, dtypes, table, impl, device, poisoned):
+    """The combination and its two gradients, against autograd in float64; on-policy the log-ratio is exactly 0."""
+    cond, uncond, _, step, _, out = sampled((4, 3, 5, 7), device, table, impl, dtypes, guided=True)
+    advantages, ref = torch.randn(len(step), device=device), torch.randn_like(cond)
+    old = (out.model_output + 1e-2 * torch.randn_like(cond)).to(cond.dtype)
+    settings = {"uncond_output": uncond.requires_grad_(), "guidance_scale": GUIDANCE, "clip_range": 1.0}
+    settings |= {"ref_model_output": ref if kl_weight else None, "kl_weight": kl_weight, "impl": impl}
+    cond.requires_grad_()
+    loss, log_ratio, _ = ops.policy_loss(cond, old, out.noise, table, step, advantages, **settings)
+    gradients = torch.autograd.grad(loss, (cond, uncond))
+
+    # the rounded combination, with the gradient of the exact one
+    combined = uncond.double() + GUIDANCE * (cond.double() - uncond.double())
+    combined = combined + (out.model_output.double() - combined).detach()
+    kl = {"ref_model_output": ref, "kl_weight": kl_weight} if kl_weight else {}
+    want, want_log_ratio, _ = policy_loss_oracle(
+        combined, old, out.noise, table.rows, step, advantages, clip_range=1.0, **kl
+    )
+    want_gradients = torch.autograd.grad(want, (cond, uncond))
+    torch.testing.assert_close(log_ratio.double(), want_log_ratio, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-7)
+    rounding = 4 * torch.finfo(cond.dtype).eps
+    for gradient, wanted in zip(gradients, want_gradients, strict=True):
+        assert gradient.dtype == cond.dtype
+        torch.testing.assert_close(gradient, wanted, rtol=rounding, atol=rounding * wanted.abs().max().item())
+
+    on_policy = ops.policy_loss(cond, out.model_output, out.noise, table, step, advantages, **settings)
+    assert torch.equal(on_policy.log_ratio, torch.zeros_like(on_policy.log_ratio))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_log_ratio_alone(dtypes, shape, table, impl, device, poisoned):
+    """The policy loss's own log-ratio, bit for bit, and a gradient that gives back that of the loss."""
+    inputs = make_inputs(shape, device, DTYPES[dtypes])
+    new, old, noise, step, advantages, _ = inputs
+    _, log_ratio, _, gradient = run(inputs, table, impl, objective="pcpo", clip_range=1e9)
+    new = new.detach().requires_grad_()
+    alone = ops.step_log_ratio(new, old, noise, table, step, impl=impl)
+    assert torch.equal(alone, log_ratio)
+    (alone_gradient,) = torch.autograd.grad((-advantages * alone).mean(), new)
+    storage = torch.finfo(new.dtype)
+    torch.testing.assert_close(alone_gradient, gradient, rtol=2 * storage.eps, atol=storage.smallest_normal)
+
+
+@pytest.mark.parametrize("impl", ["torch"])
+def test_gradcheck_of_the_log_ratio(table, impl, device):
+    new, old, noise, step, *_ = make_inputs((4, 2, 3), device)
+    assert torch.autograd.gradcheck(
+        lambda m: ops.step_log_ratio(m, old, noise, table, step, reduction="sum"), new.double().requires_grad_()
+    )
+
+
+def test_a_difference_of_log_probabilities_is_the_log_ratio(table, impl, device):
+    """Right to what their subtraction can be right to, on the sampler's own weight."""
+    table.rows[:, 3] = table.rows[:, 4]
+    new, old, x, step, _, out = sampled((4, 3, 5, 7), device, table, impl, (F32, F32))
+    new = old + 0.1 * torch.randn_like(old)
+    states = {"sample": x, "prev_sample": out.prev_sample}
+    old = out.model_output
+    log_ratio = ops.step_log_ratio(new, old, None, table, step, impl=impl, **states)
+    subtracted = [ops.step_log_prob(m.double(), x, out.prev_sample, table, step) for m in (new, old)]
+    torch.testing.assert_close(log_ratio.double(), subtracted[0] - subtracted[1], rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_with_gradient_accumulation(table, impl, device):
+    """The loss stays float32 under autocast, and two micro-batches' gradients add up to those of one batch."""
+    new, old, noise, step, advantages, _ = make_inputs((4, 3, 5), device)
+    new.requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        whole = ops.policy_loss(new, old, noise, table, step, advantages, clip_range=1.0, impl=impl).loss
+        assert whole.dtype == F32
+        halves = [
+            ops.policy_loss(new[r], old[r], noise[r], table, step[r], advantages[r], clip_range=1.0, impl=impl).loss
+            for r in (slice(0, 2), slice(2, 4))
+        ]
+    (at_once,) = torch.autograd.grad(whole, new)
+    for half in halves:
+        (half / 2).backward()
+    torch.testing.assert_close(new.grad, at_once, rtol=4 * EPS, atol=0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rewards.jpeg import compressibility, incompressibility
 
 IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -25,6 +25,16 @@ def prompt_length(images, prompts):
 
 def one_number(images, prompts):
     return images.mean()
+
+
+def darken(images, prompts):
+    """Writes into what it was given, as a reward must not."""
+    return images.mul_(0).mean(dim=(1, 2, 3))
+
+
+def refuses_nan(images, prompts):
+    assert images.isfinite().all()
+    return brightness(images, prompts)
 
 
 def column(images, prompts):
@@ -71,15 +81,39 @@ def test_rewards_by_name_and_by_module_add_up_with_their_weights():
     assert total.dtype == torch.float32
 
 
-def test_scores_carry_no_gradient():
-    images = IMAGES.clone().requires_grad_()
+def test_scores_carry_no_gradient(monkeypatch):
+    """And record none on the way there: a reward may keep a large model."""
+    images, seen = IMAGES.clone().requires_grad_(), []
+    monkeypatch.setattr(sys.modules["own"], "spy", lambda *_: seen.append(torch.is_grad_enabled()) or 1, raising=False)
     total, _ = RewardSet(["own:brightness"])(images, PROMPTS)
     assert not total.requires_grad
+    with pytest.raises(ValueError, match="returned shape"):
+        RewardSet(["own:spy"])(images, PROMPTS)
+    assert seen == [False]
+
+
+def test_a_reward_that_writes_into_its_images_harms_no_other():
+    images = IMAGES.clone()
+    _, scores = RewardSet(["own:darken", "own:brightness"])(images, PROMPTS)
+    assert torch.equal(scores["own:brightness"], brightness(IMAGES, PROMPTS))
+    assert torch.equal(images, IMAGES)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_images_that_are_not_finite_score_nan(bad):
+    """Whatever the reward: as pixels they might pass for black, which is the smallest of all JPEG files."""
+    images = IMAGES.clone()
+    images[1, 2, 3, 4] = bad
+    names = ["jpeg_compressibility", "own:prompt_length", "own:refuses_nan"]
+    total, scores = RewardSet(names)(images, PROMPTS)
+    for score in (total, *scores.values()):
+        assert score.isfinite().tolist() == [True, False, True]
+    assert torch.equal(scores["jpeg_compressibility"][[0, 2]], compressibility(IMAGES[[0, 2]], PROMPTS))
 
 
 @pytest.mark.parametrize(("reward", "shape"), [("own:one_number", "()"), ("own:column", "(3, 1)")])
 def test_a_reward_of_a_wrong_shape_is_named(reward, shape):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(RewardError) as error:
         RewardSet([reward])(IMAGES, PROMPTS)
     assert f"{reward!r} returned shape {shape} for 3 images" in str(error.value)
 

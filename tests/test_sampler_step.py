@@ -113,6 +113,14 @@ def test_a_row_alone_has_the_same_bits_on_every_run(shape, table, impl):
         assert all(torch.equal(alone, batch[row]) for alone, batch in zip(run(row), together, strict=True))
 
 
+def test_noise_may_be_left_out(table, impl):
+    cond, _, x, _, step = make_inputs((4, 3, 5), table)
+    kept = ops.sampler_step(cond, x, table, step, seed=1, impl=impl)
+    left_out = ops.sampler_step(cond, x, table, step, seed=1, return_noise=False, impl=impl)
+    assert left_out.noise is None and left_out.model_output.shape == cond.shape
+    assert torch.equal(kept.prev_sample, left_out.prev_sample) and torch.equal(kept.log_prob, left_out.log_prob)
+
+
 def test_default_sample_index_counts_rows(table, impl):
     cond, _, x, _, step = make_inputs((4, 3, 5), table)
     index = torch.arange(4, device=x.device)
