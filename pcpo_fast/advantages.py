@@ -21,7 +21,8 @@ class Advantages:
     `buffer_min` of them, as DDPO has it (Black et al., arXiv 2305.13301, appendix on per-prompt tracking).
     "batch": all samples of this epoch.
 
-    Rewards that are not finite take no part and get advantage 0.
+    Rewards that are not finite take no part and get advantage 0. All is computed in float64: there the mean of equal
+    float32 rewards is exact, so that they have no advantage, however large they are.
     """
 
     def __init__(self, kind: str, clip: float, buffer_size: int, buffer_min: int) -> None:
@@ -30,6 +31,7 @@ class Advantages:
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group_size: int) -> Tensor:
         """float32 (N,) advantages of float32 (N,) rewards; the samples of one group follow one another."""
+        rewards = rewards.double()
         finite = rewards.isfinite()
         advantages = torch.zeros_like(rewards)
         for members, peers in self._comparisons(rewards, finite, prompts, group_size):
@@ -37,7 +39,7 @@ class Advantages:
                 # the biased std is defined for a single reward too
                 std = peers.std(correction=0)
                 advantages[members] = (rewards[members] - peers.mean()) / (std + EPSILON)
-        return advantages.clamp(-self.clip, self.clip)
+        return advantages.clamp(-self.clip, self.clip).float()
 
     def _comparisons(self, rewards: Tensor, finite: Tensor, prompts: Sequence[str], group_size: int) -> Any:
         """(mask of samples, the finite rewards they are compared with), over all finite samples."""
@@ -54,7 +56,7 @@ class Advantages:
                 buffer = self.buffers.setdefault(prompt, collections.deque(maxlen=self.buffer_size))
                 buffer.extend(rewards[members].tolist())
                 full = len(buffer) >= self.buffer_min
-                yield members, torch.tensor(list(buffer)) if full else rewards[finite]
+                yield members, rewards.new_tensor(list(buffer)) if full else rewards[finite]
 
     def state_dict(self) -> dict[str, list[float]]:
         return {prompt: list(buffer) for prompt, buffer in self.buffers.items()}
