@@ -82,7 +82,7 @@ def test_rewards_by_name_and_by_module_add_up_with_their_weights():
 
 
 def test_scores_carry_no_gradient(monkeypatch):
-    """And record none on the way there: a reward may keep a large model."""
+    """And none is recorded on the way: a reward may keep a large model."""
     images, seen = IMAGES.clone().requires_grad_(), []
     monkeypatch.setattr(sys.modules["own"], "spy", lambda *_: seen.append(torch.is_grad_enabled()) or 1, raising=False)
     total, _ = RewardSet(["own:brightness"])(images, PROMPTS)

@@ -2,6 +2,8 @@
 
 images: float tensor (N, 3, H, W) in [0, 1]; prompts: N strings; the result: (N,) numbers, higher is better. A score
 that is not finite marks an image that could not be scored: the trainer leaves it out and counts it.
+
+An image that is not finite itself scores NaN, whatever a reward makes of it; the reward finds 0 where it is not finite.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ REWARDS = {
 }
 
 
+class RewardError(ValueError):
+    """A reward cannot score what it is given, or returned something that is no score."""
+
+
 class RewardSet:
     """Several rewards and their weighted sum.
 
@@ -42,21 +48,25 @@ class RewardSet:
                 raise ValueError(f"the reward {name!r} is named twice; give it once, with the weight you want")
             self.rewards[name] = (_find(name), _weight(spec, weight))
 
+    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, float32 (N,) on the CPU, and each reward's own scores by name.
 
         Raises:
-            ValueError: if a reward does not return one number per image; it names the reward.
+            RewardError: if a reward does not return one number per image; it names the reward.
         """
+        whole = images.isfinite().flatten(1).all(dim=1).cpu()
         scores = {}
         for name, (reward, _) in self.rewards.items():
-            score = torch.as_tensor(reward(images, prompts)).detach().to("cpu", torch.float32)
+            # each has a copy of its own, which it may write into
+            shown = images.nan_to_num(nan=0, posinf=0, neginf=0)
+            score = torch.as_tensor(reward(shown, prompts)).to("cpu", torch.float32)
             if score.shape != (len(prompts),):
-                raise ValueError(
+                raise RewardError(
                     f"the reward {name!r} returned shape {tuple(score.shape)} for {len(prompts)} images; it must "
                     "return one number per image"
                 )
-            scores[name] = score
+            scores[name] = score.where(whole, math.nan)
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]

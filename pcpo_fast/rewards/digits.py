@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pcpo_fast.rewards import RewardError
+
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32
 
@@ -75,13 +77,13 @@ def digit_of(prompt: str) -> int:
     """The one digit that a prompt names, as a word (`seven`, in any case) or as a numeral that stands alone (`7`).
 
     Raises:
-        ValueError: the prompt names no digit, or more than one.
+        RewardError: the prompt names no digit, or more than one.
     """
     found = {match.lower() for match in _DIGIT.findall(prompt)}
     digits = {int(match) if match.isdecimal() else DIGIT_WORDS.index(match) for match in found}
     if len(digits) != 1:
         named = f"names {len(digits)} digits" if digits else "names no digit"
-        raise ValueError(
+        raise RewardError(
             f"the prompt {prompt!r} {named}: write exactly one, as a word ({', '.join(DIGIT_WORDS)}) or a numeral (0-9)"
         )
     return digits.pop()
@@ -98,7 +100,7 @@ def alignment(images: Tensor, prompts: Sequence[str]) -> Tensor:
         (N,) float32 on the images' device, at most 0.
 
     Raises:
-        ValueError: the shapes do not match, or a prompt does not name exactly one digit.
+        RewardError: the shapes do not match, or a prompt does not name exactly one digit.
     """
     digits = _digits(images, prompts)
     log_probs = load_classifier("reward", images.device)(images).log_softmax(dim=-1)
@@ -116,7 +118,7 @@ def accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def _digits(images: Tensor, prompts: Sequence[str]) -> Tensor:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images must be (N, 3, H, W) floats in [0, 1], got {tuple(images.shape)} {images.dtype}")
+        raise RewardError(f"images must be (N, 3, H, W) floats in [0, 1], got {tuple(images.shape)} {images.dtype}")
     if len(prompts) != len(images):
-        raise ValueError(f"one prompt per image: got {len(prompts)} prompts for {len(images)} images")
+        raise RewardError(f"one prompt per image: got {len(prompts)} prompts for {len(images)} images")
     return torch.tensor([digit_of(prompt) for prompt in prompts], device=images.device)
