@@ -105,6 +105,7 @@ class Case(NamedTuple):
     priority: int
     # torch.compile takes seconds per case, so on a GPU it joins at the most rows only
     compiled: bool
+    variant: bool = False
 
     @property
     def name(self) -> str:
@@ -189,7 +190,7 @@ def cases(*ops: Op, variants: tuple[Op, ...] = ()) -> list[Any]:
     """The operations at all shapes and numbers of rows, and variants at few, as parameters of a test."""
     found = [case for op in ops for shape in SHAPES for case in _rows(op, shape)]
     found += [
-        case._replace(priority=1)
+        case._replace(priority=1, variant=True)
         for op in variants
         for shape in VARIANT_SHAPES
         for case in _rows(op, shape)

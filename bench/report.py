@@ -43,6 +43,7 @@ def record(
         "op": case.op.name,
         "shape": case.shape,
         "rows": case.rows,
+        "variant": case.variant,
         "competitor": competitor,
         "median_s": median,
         "p20_s": fifths[0],
@@ -235,22 +236,21 @@ def save(results: dict[str, Any], folder: Path) -> Path:
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
-    """Two panels of bars: share of the copy bandwidth and speed-up over eager, at the most rows of each shape."""
+    """Two panels of bars: share of the copy bandwidth and speed-up over eager, at the most rows of each shape.
+
+    Variants of an operation are left to the table, where there are operations proper."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    drawn = [case for case in results["cases"] if not case["variant"]] or results["cases"]
     most_rows: dict[tuple[str, str], int] = {}
-    for case in results["cases"]:
+    for case in drawn:
         key = case["op"], case["shape"]
         most_rows[key] = max(case["rows"], most_rows.get(key, 0))
-    groups = sorted(most_rows, key=lambda key: list({c["op"]: 0 for c in results["cases"]}).index(key[0]))
-    shown = {
-        (c["op"], c["shape"], c["competitor"]): c
-        for c in results["cases"]
-        if c["rows"] == most_rows[c["op"], c["shape"]]
-    }
+    groups = sorted(most_rows, key=lambda key: list({c["op"]: 0 for c in drawn}).index(key[0]))
+    shown = {(c["op"], c["shape"], c["competitor"]): c for c in drawn if c["rows"] == most_rows[c["op"], c["shape"]]}
     names = [name for name in COMPETITORS if any(key[2] == name for key in shown)]
 
     # operations apart from one another, with their name above their shapes
@@ -294,8 +294,8 @@ def picture(results: dict[str, Any], path: Path) -> None:
         axis.set_axisbelow(True)
         for side in ("top", "right", "left"):
             axis.spines[side].set_visible(False)
-        for place, op in titles:
-            axis.text(0.004 * largest, place, op, fontsize=9, fontweight="bold", va="center")
+    for place, op in titles:
+        axes[0].text(0.3, place, op, fontsize=9, fontweight="bold", va="center")
     axes[0].set_ylim(y - 0.4, -0.15)
     threads = f", {results['threads']} thread" if results["threads"] else ""
     figure.suptitle(
