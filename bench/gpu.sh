@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in one go, in under 8 minutes and without network: tests, benchmarks, launch settings.
-# Needs python3 with torch, triton, pytest and pytest-benchmark (and matplotlib, for the pictures).
+# Needs python3 (3.11 or newer) with torch, triton, pytest and pytest-benchmark (and matplotlib, for the pictures).
 #
 #   bash bench/gpu.sh                    # results in bench/results/<device>
 #   OUT=/tmp/out PYTHON=python3.12 bash bench/gpu.sh
@@ -11,9 +11,9 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
-TESTS_SECONDS=${TESTS_SECONDS:-150}
-BENCH_SECONDS=${BENCH_SECONDS:-240}
-TUNE_SECONDS=${TUNE_SECONDS:-45}
+TESTS_SECONDS=${TESTS_SECONDS:-140}
+BENCH_SECONDS=${BENCH_SECONDS:-235}
+TUNE_SECONDS=${TUNE_SECONDS:-40}
 
 # the package as pyproject.toml maps it, without installing anything
 SITE=$(mktemp -d) || exit 1
