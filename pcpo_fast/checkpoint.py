@@ -54,6 +54,8 @@ class Checkpoints:
 
         target = self.folder / f"epoch-{epoch:06d}"
         partial = target.with_suffix(".partial")
+        # of an attempt that failed, on a full disk say
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(partial / "weights")
         optimizer_state = optimizer.state_dict()

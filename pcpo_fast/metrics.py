@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """One JSON object per epoch in `metrics.jsonl`, flushed to the disk, and the same numbers in TensorBoard.
+    """One JSON object per epoch, and one per evaluation, in `metrics.jsonl`, flushed to the disk, and the same numbers in
+    TensorBoard.
 
     Values are numbers or lists with one number per sampler step; what is not finite is written as null. Keys under
     `time/` are seconds or rates of this machine; all others are the same whenever the run is repeated.
@@ -34,7 +36,8 @@ class Metrics:
         if resume_epoch is not None:
             self.records = [record for record in _read(self.path) if record["epoch"] <= resume_epoch]
         write_atomically(self.path, "".join(_line(record) for record in self.records).encode())
-        first_new = None if resume_epoch is None else resume_epoch + 1
+        # TensorBoard forgets what it was told of this epoch and of later ones
+        first_new = 0 if resume_epoch is None else resume_epoch + 1
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_new)
 
     def write(self, record: Record) -> None:
@@ -86,11 +89,11 @@ def save_curves(metrics: Metrics, timesteps: Sequence[int], eval_keys: Sequence[
     FigureCanvasAgg(figure)
     reward_axes, eval_axes, clip_axes = figure.subplots(1, 3)
 
-    epochs, mean = metrics.series("reward/mean")
-    _, std = metrics.series("reward/std")
+    epochs, _ = metrics.series("reward/mean")
+    # as floats, null is NaN and leaves a gap
+    mean, std = (np.array(metrics.series(key)[1], float) for key in ("reward/mean", "reward/std"))
     reward_axes.plot(epochs, mean, color="tab:blue", label="training")
-    low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
-    reward_axes.fill_between(epochs, low, high, color="tab:blue", alpha=0.15, linewidth=0, label="± 1 std")
+    reward_axes.fill_between(epochs, mean - std, mean + std, color="tab:blue", alpha=0.15, linewidth=0, label="± 1 std")
     reward_axes.plot(*metrics.series("eval/reward"), "o-", color="tab:orange", label="evaluation")
     reward_axes.set(title="Reward", xlabel="epoch", ylabel="reward")
     reward_axes.legend()
@@ -103,10 +106,11 @@ def save_curves(metrics: Metrics, timesteps: Sequence[int], eval_keys: Sequence[
 
     epochs, fractions = metrics.series("update/clip_fraction_per_step")
     if epochs:
-        # untrained steps have no fraction and stay white
-        grid = [[math.nan if value is None else value for value in row] for row in fractions]
+        # untrained steps have no fraction and stay white, as do epochs with another number of steps
+        untrained = [None] * len(timesteps)
+        rows = [row if len(row) == len(timesteps) else untrained for row in fractions]
         image = clip_axes.imshow(
-            list(zip(*grid, strict=True)),
+            np.array(rows, float).T,
             aspect="auto",
             interpolation="nearest",
             vmin=0,

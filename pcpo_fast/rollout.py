@@ -34,6 +34,19 @@ class Trajectory:
     latents: Tensor
     conditioning: Tensor
 
+    def mend(self) -> Tensor:
+        """Overwrites the samples that are not finite by one that is, where there is one, so that nothing which is
+        computed from the rows meets a NaN. Returns which samples were finite, bool (N,).
+
+        A sampler keeps a latent that is not finite so, to the end: the last ones tell.
+        """
+        finite = self.latents.isfinite().flatten(1).all(dim=1)
+        if finite.any() and not finite.all():
+            for field in dataclasses.fields(self):
+                values = getattr(self, field.name)
+                values[~finite] = values[finite][:1]
+        return finite
+
 
 class Interrupted(Exception):
     """The run was asked to stop in the middle of a rollout."""

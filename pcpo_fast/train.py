@@ -16,6 +16,7 @@ import torch
 from pcpo_fast.checkpoint import write_atomically
 from pcpo_fast.config import PRESETS, Config, read_config, to_json
 from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.rewards import RewardError
 from pcpo_fast.trainer import Trainer
 
 DESCRIPTION = f"""Align a text-to-image diffusion pipeline with policy gradients: PCPO by default, DDPO with
@@ -85,7 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _announce(trainer)
-    received = trainer.train()
+    try:
+        received = trainer.train()
+    except RewardError as error:
+        print(f"error: {error}", file=sys.stderr)
+        print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
+        return 2
     if received is not None:
         print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
         return 128 + received
@@ -124,7 +130,8 @@ def _report(trainer: Trainer) -> None:
     table = Table(title=f"{trainer.config.eval_samples} images with the same seeds, before and after")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for key in [key for key in after if key.startswith("eval/")]:
+    # a resumed run may have been given other rewards
+    for key in [key for key in after if key.startswith("eval/") and key in before]:
         values = (record[key] for record in (before, after))
         table.add_row(
             key.removeprefix("eval/"), *("none finite" if value is None else f"{value:.3f}" for value in values)

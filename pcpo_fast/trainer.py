@@ -26,12 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcpo_fast.advantages import Advantages
-from pcpo_fast.checkpoint import Checkpoints, get_random_state
+from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state
 from pcpo_fast.config import Config, load_prompts
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
 from pcpo_fast.policies import StableDiffusionPolicy
-from pcpo_fast.rewards import RewardSet
+from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, Trajectory, rollout
 from pcpo_fast.tables import StepTable, ddim_table
 
@@ -79,67 +79,88 @@ class Trainer:
             config.advantage, config.advantage_clip, config.prompt_buffer_size, config.prompt_buffer_min
         )
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        self.epoch = 0
+        # the state is that after `epoch` epochs, unless an update has begun; noise is drawn from `next_sample` on
+        self.epoch, self.next_sample, self.updating = 0, 0, False
         latest = self.checkpoints.latest() if config.resume else None
         if latest is not None:
             state = self.checkpoints.load(latest, policy, self.optimizer)
-            self.epoch = state["epoch"]
+            self.epoch, self.next_sample = state["epoch"], state["next_sample"]
             self.advantages.load_state_dict(state["advantages"])
-            self.scaler.load_state_dict(state["scaler"])
+            # a run in another dtype had none
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(folder, resume_epoch=None if latest is None else self.epoch)
 
     def train(self) -> int | None:
-        """Runs the epochs that are left. Returns the signal that ended the run early, or None."""
+        """Runs the epochs that are left. Returns the signal that ended the run early, or None.
+
+        An error is raised again when the epochs before it are saved; one in the midst of an update leaves the last
+        checkpoint as it is.
+        """
         config = self.config
         with Signals() as signals, tqdm(total=config.epochs, initial=self.epoch, desc="epochs", unit="epoch") as bar:
+            # what a resumed run finds, which begins an interrupted epoch or evaluation anew
             random_state = get_random_state()
             try:
-                if not self.metrics.records:
-                    self.metrics.write({"epoch": 0, **self.evaluate("before", signals)})
-                while self.epoch < config.epochs and not signals.received:
-                    random_state = get_random_state()
-                    record = self.run_epoch(signals)
-                    self.epoch += 1
-                    last = self.epoch == config.epochs
-                    if last or (config.eval_every and self.epoch % config.eval_every == 0):
-                        record |= self.evaluate("after")
-                    self.metrics.write(record)
+                while True:
+                    if self._evaluation_is_due():
+                        scores = self.evaluate("after" if self.epoch else "before", signals)
+                        self.metrics.write({"epoch": self.epoch, **scores})
+                        # how often a run is evaluated changes nothing else
+                        set_random_state(random_state)
                     self._draw_curves()
-                    # last: what a checkpoint says is done is never done again
+                    if self.epoch >= config.epochs or signals.received:
+                        break
+                    record = self.run_epoch(signals)
+                    random_state = get_random_state()
+                    self.metrics.write(record)
+                    # after its record: what a checkpoint says is done is never done again
                     if self.epoch % config.checkpoint_every == 0:
-                        self._save(get_random_state())
+                        self._save(random_state)
                     bar.update()
                     bar.set_postfix(
                         reward=f"{record['reward/mean']:.3f}", clipped=f"{record['update/clip_fraction']:.2f}"
                     )
-                self._save(get_random_state())
             except Interrupted:
-                # the interrupted epoch has updated nothing yet; a resumed run begins it anew
-                self._save(random_state)
+                pass
+            except Exception:
+                if not self.updating:
+                    self._save(random_state)
+                raise
+            self._save(random_state)
         self.metrics.close()
         return signals.received
 
     def run_epoch(self, signals: Signals) -> Record:
-        """One epoch; raises Interrupted if a signal arrives before its update has begun."""
+        """One epoch; raises Interrupted if a signal arrives before its update has begun.
+
+        Raises:
+            RewardError: if no image has a finite reward.
+        """
         config, number, started = self.config, self.epoch + 1, time.perf_counter()
         # distinct for every (seed, epoch) that a run can have
         generator = torch.Generator().manual_seed((config.seed * 0x9E3779B97F4A7C15 + number) % 2**63)
         prompts = self._draw_prompts(generator)
-        trajectory = self._rollout(prompts, self.table, self.epoch * config.samples_per_epoch, signals)
+        trajectory = self._rollout(prompts, self.table, self.next_sample, signals)
         sampled = time.perf_counter()
 
-        rewards, scores = self.rewards(self.policy.decode(trajectory.latents), prompts)
+        images = self.policy.decode(trajectory.latents)
+        rewards, scores = self.rewards(images, prompts)
+        # what is left out gets advantage 0, which makes nothing of a finite row and NaN of another
+        rewards[~trajectory.mend().cpu()] = math.nan
         finite = rewards.isfinite()
         if not finite.any():
-            raise ValueError(
+            raise RewardError(
                 f"every reward of epoch {number} is NaN or infinite ({', '.join(self.rewards.rewards)}); look at the "
                 f"reward, or at the images: the policy may have diverged (--learning-rate {config.learning_rate})"
             )
+        self.updating = True
         advantages = self.advantages(rewards, prompts, config.group_size).to(self.policy.device)
         scored = time.perf_counter()
 
         update = self.update(trajectory, advantages, generator)
+        self.epoch, self.next_sample, self.updating = number, self.next_sample + len(prompts), False
         done = time.perf_counter()
         return {
             "epoch": number,
@@ -294,6 +315,14 @@ class Trainer:
             "update/first_abs_log_ratio_per_step": first_per_step,
         }
 
+    def _evaluation_is_due(self) -> bool:
+        """Whether the state after `self.epoch` epochs is one to be evaluated, and has not been."""
+        config, epoch = self.config, self.epoch
+        wanted = epoch == 0 or epoch >= config.epochs or (config.eval_every > 0 and epoch % config.eval_every == 0)
+        return wanted and all(
+            "eval/reward" not in record for record in self.metrics.records if record["epoch"] == epoch
+        )
+
     def _draw_curves(self) -> None:
         held_out = [f"eval/{name}" for name in self.eval_rewards.rewards]
         save_curves(self.metrics, self.table.timesteps.tolist(), held_out, self.folder / "curves.png")
@@ -302,7 +331,11 @@ class Trainer:
         """Saves the state after `self.epoch` epochs, unless it is on the disk already."""
         latest = self.checkpoints.latest()
         if latest is None or self.checkpoints.epoch_of(latest) != self.epoch:
-            state = {"advantages": self.advantages.state_dict(), "scaler": self.scaler.state_dict()}
+            state = {
+                "next_sample": self.next_sample,
+                "advantages": self.advantages.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
             self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)
 
 

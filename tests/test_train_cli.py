@@ -20,7 +20,7 @@ from pipelines import SMALL, at_call, command, records, save_stable_diffusion
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pcpo_fast import train
+from pcpo_fast import train, trainer
 from pcpo_fast.config import PRESETS, Config, read_config, to_json
 from pcpo_fast.train import main, parse
 
@@ -63,8 +63,8 @@ def assert_same_run(folder, expected, name=LORA):
 def test_two_epochs(model, tmp_path, settings):
     run = tmp_path / "run"
     assert main(command(model, run, keep_checkpoints=3, **settings)) == 0
-    before, first, second = records(run)
-    assert [record["epoch"] for record in (before, first, second)] == [0, 1, 2]
+    before, first, second, after = records(run)
+    assert [record["epoch"] for record in records(run)] == [0, 1, 2, 2]
     for record in (first, second):
         assert record["update/first_abs_log_ratio"] == 0
         # some steps may have had no row before the first update
@@ -72,7 +72,11 @@ def test_two_epochs(model, tmp_path, settings):
         assert record["update/abs_log_ratio"] > 0
         assert record["update/grad_norm"] > 0
         assert record["update/skipped_steps"] == record["reward/not_finite"] == 0
-    assert before.keys() == {key for key in second if key.startswith("eval/")} | {"epoch"}
+    assert (
+        before.keys()
+        == after.keys()
+        == {"epoch", "eval/reward"} | {f"eval/jpeg_{what}" for what in ("compressibility", "incompressibility")}
+    )
 
     checkpoints = sorted((run / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["epoch-000001", "epoch-000002"]
@@ -93,8 +97,8 @@ def test_frozen_weights_do_not_change(model, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(train, "_announce", made.append)
     assert main(command(model, tmp_path / "run")) == 0
-    (trainer,) = made
-    pipeline = trainer.policy.pipeline
+    (run,) = made
+    pipeline = run.policy.pipeline
     for part, file in (("unet", UNET), ("vae", UNET), ("text_encoder", "model.safetensors")):
         saved = load_file(model / part / file)
         now = {
@@ -145,11 +149,11 @@ def whole(long, tmp_path_factory):
     return folder
 
 
-def test_metrics_are_in_tensorboard_too(whole):
-    events = EventAccumulator(str(whole / "tensorboard"))
+def assert_every_scalar_is_in_tensorboard_once(run):
+    events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     tags = events.Tags()["scalars"]
-    for record in map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()):
+    for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         for key, value in record.items():
             if isinstance(value, int | float) and key != "epoch":
                 (scalar,) = (event.value for event in events.Scalars(key) if event.step == record["epoch"])
@@ -157,6 +161,10 @@ def test_metrics_are_in_tensorboard_too(whole):
                 assert scalar == pytest.approx(value, rel=1e-6)
                 tags = [tag for tag in tags if tag != key]
     assert tags == []
+
+
+def test_metrics_are_in_tensorboard_too(whole):
+    assert_every_scalar_is_in_tensorboard_once(whole)
 
 
 def test_pictures(whole):
@@ -243,6 +251,43 @@ def test_signals_save_and_leave(long, whole, tmp_path, capfd, number, file, func
     assert_same_run(run, whole)
 
 
+class Fault(Exception):
+    """Any error: a reward's server that does not answer, a full disk."""
+
+
+def fail():
+    raise Fault
+
+
+@pytest.mark.parametrize(
+    ("file", "function", "count", "epoch"),
+    [
+        # evaluation scores once, and so does an epoch
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 1, 0),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 3, 1),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 4, 2),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 9, EPOCHS),
+        ("pcpo_fast/metrics.py", "save_curves", 1, 0),
+        ("pcpo_fast/ops.py", "policy_loss", 1, None),
+    ],
+    ids=["first evaluation", "epoch", "evaluation", "last evaluation", "curves", "update"],
+)
+def test_an_error_costs_nothing_that_was_finished(long, whole, tmp_path, file, function, count, epoch):
+    """The checkpoint is of the last finished epoch; in the midst of an update there is none to be had."""
+    run = tmp_path / "run"
+    at_call(count, file, fail, function)
+    try:
+        with pytest.raises(Fault):
+            main(long(run, checkpoint_every=100))
+    finally:
+        sys.setprofile(None)
+    saved = [json.loads(path.read_text())["epoch"] for path in run.glob("checkpoints/*/state.json")]
+    assert saved == ([] if epoch is None else [epoch])
+    assert main(long(run, resume=True)) == 0
+    assert_same_run(run, whole)
+    assert_every_scalar_is_in_tensorboard_once(run)
+
+
 def test_a_second_signal_leaves_at_once(long, tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -294,10 +339,43 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
 def test_resuming_with_more_epochs_and_another_learning_rate(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     assert main(["--output-dir", str(run), "--resume", "--epochs", "6", "--learning-rate", "1e-12"]) == 0
-    assert [record["epoch"] for record in records(run)] == list(range(7))
-    assert records(run)[: EPOCHS + 1] == records(whole)
+    assert [record["epoch"] for record in records(run)] == [0, 1, 2, 2, 3, 4, 4, 5, 5, 6, 6]
+    assert records(run)[: len(records(whole))] == records(whole)
     before, after = final_weights(whole), final_weights(run)
     assert all((after[key] - value).abs().max() < 1e-9 for key, value in before.items())
+
+
+def test_noise_is_never_used_twice(model, tmp_path, monkeypatch):
+    """Also where a resumed run samples more or less per epoch than before."""
+    run, ranges, rollout = tmp_path / "run", [], trainer.rollout
+
+    def watched(policy, table, conditioning, *, first_index, **settings):
+        if settings["record"]:
+            ranges.append((first_index, first_index + len(conditioning)))
+        return rollout(policy, table, conditioning, first_index=first_index, **settings)
+
+    monkeypatch.setattr(trainer, "rollout", watched)
+    assert main(command(model, run, epochs=2)) == 0
+    for epochs, group_size in ((3, 4), (5, 2)):
+        assert main([*command(model, run, epochs=epochs, group_size=group_size), "--resume"]) == 0
+    assert ranges == [(0, 4), (4, 8), (8, 16), (16, 20), (20, 24)]
+
+
+def test_resuming_with_another_number_of_steps(model, tmp_path):
+    """Epochs of both numbers are in one picture."""
+    run = tmp_path / "run"
+    for epochs, steps, resume in ((1, 3, []), (2, 4, ["--resume"]), (3, 3, ["--resume"])):
+        assert main([*command(model, run, epochs=epochs, num_inference_steps=steps), *resume]) == 0
+    lengths = [len(record["update/clip_fraction_per_step"]) for record in records(run) if "reward/mean" in record]
+    assert lengths == [3, 4, 3]
+
+
+def test_evaluating_more_often_changes_nothing_else(model, tmp_path, own_rewards):
+    runs = {eval_every: tmp_path / str(eval_every) for eval_every in (0, 1)}
+    for eval_every, run in runs.items():
+        assert main(command(model, run, eval_every=eval_every, rewards=("my_rewards:noisy",))) == 0
+    rare, often = (final_weights(run) for run in runs.values())
+    assert all(torch.equal(often[key], value) for key, value in rare.items())
 
 
 # errors
@@ -308,9 +386,11 @@ def own_rewards(tmp_path, monkeypatch):
     """A module beside the user, with rewards of all kinds."""
     (tmp_path / "my_rewards.py").write_text(
         "import math\n"
+        "import torch\n"
         "def red(images, prompts): return images[:, 0].mean(dim=(1, 2))\n"
         "def nan(images, prompts): return [math.nan] * len(prompts)\n"
         "def one(images, prompts): return 1.0\n"
+        "def noisy(images, prompts): return torch.rand(len(prompts))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -326,11 +406,20 @@ def test_a_reward_of_the_users_own(model, tmp_path, own_rewards):
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [("my_rewards:nan", "every reward of epoch 1 is NaN or infinite"), ("my_rewards:one", "returned shape")],
+    [
+        ("my_rewards:nan", "every reward of epoch 1 is NaN or infinite"),
+        ("my_rewards:one", "returned shape"),
+        ("digit_alignment", "names no digit: write exactly one"),
+    ],
 )
-def test_rewards_that_fail_are_named(model, tmp_path, own_rewards, reward, message):
-    with pytest.raises(ValueError, match=message):
-        main(command(model, tmp_path / "run", rewards=(reward,)))
+def test_rewards_that_fail_are_named(model, tmp_path, own_rewards, capsys, reward, message):
+    """And the run can go on, with another reward say."""
+    run = tmp_path / "run"
+    assert main(command(model, run, rewards=(reward,))) == 2
+    output = capsys.readouterr()
+    assert re.search("error: .*" + message, output.err)
+    assert f"Stopped after epoch 0; continue with --output-dir {run} --resume" in output.out
+    assert main(["--output-dir", str(run), "--resume", "--rewards", "my_rewards:red"]) == 0
 
 
 @pytest.fixture

@@ -242,6 +242,32 @@ def test_an_epoch_without_a_finite_reward_is_an_error(model, tmp_path, monkeypat
         trainer.run_epoch(Signals())
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_sample_that_is_not_finite_is_left_out(model, tmp_path, monkeypatch, bad):
+    """Its rows are there for their shape alone; the other samples are trained on as ever."""
+    trainer = make_trainer(model, tmp_path)
+    predict, calls, shapes = trainer.policy.predict, itertools.count(), []
+
+    def poisoned(sample, timestep, conditioning):
+        output = predict(sample, timestep, conditioning)
+        shapes.append(output.shape)
+        # the rollout calls the denoiser once a step
+        if next(calls) == 1:
+            output[2, 0, 0, 0] = bad
+        return output
+
+    monkeypatch.setattr(trainer.policy, "predict", poisoned)
+    parameters = trainer.policy.trainable_parameters()
+    before = [parameter.detach().clone() for parameter in parameters]
+    record = trainer.run_epoch(Signals())
+    assert record["reward/not_finite"] == 1
+    assert record["update/skipped_steps"] == record["update/first_abs_log_ratio"] == 0
+    assert math.isfinite(record["update/loss"]) and record["update/grad_norm"] > 0
+    assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    assert all(parameter.isfinite().all() for parameter in parameters)
+    assert len(set(shapes)) == 1
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(model, tmp_path, monkeypatch, dtype):
     """The first optimiser step of two meets a NaN: the weights and the optimiser are as if it had not been."""
