@@ -20,8 +20,7 @@ Record = dict[str, Any]
 
 
 class Metrics:
-    """One JSON object per epoch, and one per evaluation, in `metrics.jsonl`, flushed to the disk, and the same numbers in
-    TensorBoard.
+    """A JSON object per epoch and one per evaluation in `metrics.jsonl`, flushed to the disk; the same in TensorBoard.
 
     Values are numbers or lists with one number per sampler step; what is not finite is written as null. Keys under
     `time/` are seconds or rates of this machine; all others are the same whenever the run is repeated.

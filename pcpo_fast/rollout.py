@@ -93,8 +93,8 @@ def rollout(
         sample = sample_noise((len(index), *shape), table, 0, seed=seed, sample_index=index, stream=INITIAL_LATENTS)
         for step in range(len(table)):
             output = policy.predict(sample, table.timesteps[step].expand(len(index)), conditioning[rows])
-            stepped = sampler_step(output, sample, table, step, seed=seed, sample_index=index)
-            if record:
+            stepped = sampler_step(output, sample, table, step, seed=seed, sample_index=index, return_noise=record)
+            if stepped.noise is not None:
                 trajectory.samples[rows, step] = sample
                 trajectory.model_outputs[rows, step] = stepped.model_output
                 trajectory.noise[rows, step] = stepped.noise
