@@ -107,7 +107,7 @@ class Config:
     output_dir: str | None = None
     """Run folder; none means the first free one of runs/<preset>, runs/<preset>-2, ..."""
     resume: bool = False
-    """Continue the run in output_dir from its last checkpoint, with its saved settings."""
+    """Continue the run in output_dir from its last checkpoint, with its saved settings; there must be one."""
     checkpoint_every: int = 1
     """Epochs between checkpoints; the last epoch always has one."""
     keep_checkpoints: int = 2
@@ -158,6 +158,16 @@ class Config:
             raise ValueError(
                 f"--advantage group compares the images of one prompt and --group-size is {self.group_size}: give a "
                 "group size of at least 2, or choose --advantage prompt or batch"
+            )
+        if self.advantage == "batch" and self.samples_per_epoch < 2:
+            raise ValueError(
+                "--advantage batch compares the images of one epoch and --prompts-per-epoch "
+                f"{self.prompts_per_epoch} x --group-size {self.group_size} is a single one: raise either"
+            )
+        if self.advantage == "prompt" and self.prompt_buffer_size < 2:
+            raise ValueError(
+                "--advantage prompt compares an image with a prompt's recent ones and --prompt-buffer-size is "
+                f"{self.prompt_buffer_size}: give a buffer size of at least 2"
             )
         if self.prompt_buffer_min > self.prompt_buffer_size:
             raise ValueError(

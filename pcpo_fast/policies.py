@@ -65,7 +65,7 @@ class StableDiffusionPolicy:
                 not Stable Diffusion's.
             FileNotFoundError: for a folder that is not there.
         """
-        device = _find_device(config.device)
+        device = find_device(config.device)
         if config.attention == "xformers":
             _check_xformers(device)
         from diffusers import StableDiffusionPipeline
@@ -154,7 +154,12 @@ class StableDiffusionPolicy:
         """
         if self.tuning == "full":
             state = type(self.unet).from_pretrained(folder).state_dict()
-            self.unet.load_state_dict(state)
+            try:
+                self.unet.load_state_dict(state)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"the UNet in {folder} is not built as this model's; resume with the run's own --model"
+                ) from error
             return
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -199,7 +204,12 @@ class StableDiffusionPolicy:
         cast_training_params(self.unet, dtype=torch.float32)
 
 
-def _find_device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: for another name, or a GPU that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import itertools
+import fcntl
+import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pcpo_fast.checkpoint import write_atomically
-from pcpo_fast.config import PRESETS, Config, read_config, to_json
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.config import PRESETS, Config, read_config
+from pcpo_fast.policies import StableDiffusionPolicy, find_device
 from pcpo_fast.rewards import RewardError
 from pcpo_fast.trainer import Trainer
 
@@ -25,7 +27,9 @@ whose settings are the defaults shown here. --config FILE reads settings from a 
 config.json; it overrides the preset, and the command line overrides both."""
 
 # settings that a resumed run cannot change
-KEPT = ("tuning", "lora_rank", "lora_alpha", "lora_target_modules")
+KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")
+# the file in a run folder that a run holds locked for as long as it lives
+LOCK = ".lock"
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config]:
@@ -50,8 +54,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     peeked, _ = early.parse_known_args(rest)
 
     default, saved = PRESETS[preset], {}
-    if peeked.resume and peeked.output_dir is not None and (peeked.output_dir / "config.json").is_file():
-        saved = read_config(peeked.output_dir / "config.json")
+    if peeked.resume and peeked.output_dir is not None:
+        saved = _saved_settings(peeked.output_dir)
         default = dataclasses.replace(default, **saved)
     if early_config.config is not None:
         default = dataclasses.replace(default, **read_config(early_config.config))
@@ -61,52 +65,104 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     for name in KEPT:
         given = getattr(config, name)
         if saved.get(name, given) != given:
+            moved = f"; if that is the same model in another place, write it into {config.output_dir}/config.json"
             raise ValueError(
                 f"the run in {config.output_dir} has {name} {saved[name]!r}, which its checkpoints depend on, and was "
                 f"to be resumed with {given!r}; leave the setting out, or start another run"
+                + (moved if name == "model" else "")
             )
     return preset, config.resolved()
 
 
+def _saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in `folder`; none if it was killed before it had begun, and left its lock at most."""
+    if (folder / "config.json").is_file():
+        return read_config(folder / "config.json")
+    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else None
+    if there == []:
+        return {}
+    found = "there is no such folder" if there is None else f"it has no config.json, but {', '.join(there)}"
+    raise FileNotFoundError(
+        f"--output-dir {folder} holds no run to resume: {found}. Give the folder of a run, or leave --resume out to "
+        "begin one there"
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line. Returns 0, or 2 for input that cannot be run, or 128 + n after signal n."""
-    try:
-        preset, config = parse(sys.argv[1:] if arguments is None else arguments)
-        folder = _run_folder(preset, config)
-        config.output_dir = str(folder)
-        # adapters start from these; the loop itself draws from generators of its own
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
-        policy = StableDiffusionPolicy.from_pretrained(config)
-        trainer = Trainer(config, policy, folder)
-        # resuming is no setting of the run: another run may start from this file
-        write_atomically(folder / "config.json", to_json(dataclasses.replace(config, resume=False)).encode())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _announce(trainer)
-    try:
-        received = trainer.train()
-    except RewardError as error:
-        print(f"error: {error}", file=sys.stderr)
-        print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
-        return 2
-    if received is not None:
-        print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
-        return 128 + received
-    _report(trainer)
-    return 0
+    with contextlib.ExitStack() as stack:
+        try:
+            preset, config = parse(sys.argv[1:] if arguments is None else arguments)
+            if find_device(config.device).type == "cuda":
+                _make_deterministic()
+            folder = stack.enter_context(_run_folder(preset, config))
+            config.output_dir = str(folder)
+            # adapters start from these; the loop itself draws from generators of its own
+            random.seed(config.seed)
+            np.random.seed(config.seed % 2**32)
+            torch.manual_seed(config.seed)
+            trainer = Trainer(config, StableDiffusionPolicy.from_pretrained(config), folder)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        _announce(trainer)
+        try:
+            received = trainer.train()
+            status = 0 if received is None else 128 + received
+        except RewardError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+        if status == 0:
+            _report(trainer)
+        else:
+            print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
+        return status
 
 
-def _run_folder(preset: str, config: Config) -> Path:
-    if config.output_dir is None:
-        names = itertools.chain([preset], (f"{preset}-{number}" for number in itertools.count(2)))
-        return next(folder for name in names if not (folder := Path("runs") / name).exists())
-    folder = Path(config.output_dir)
-    if not config.resume and (folder / "config.json").exists():
-        raise ValueError(f"--output-dir {folder} holds a run already; add --resume to continue it, or give another")
-    return folder
+def _make_deterministic() -> None:
+    """Asks CUDA's libraries, before they start, for the same bits every time; a step towards them, not a promise."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    # operators that have no deterministic variant warn and run
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # which would cost a pass over every fresh tensor
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextlib.contextmanager
+def _run_folder(preset: str, config: Config) -> Iterator[Path]:
+    """The run's folder, locked; one that was made here and in which nothing came to be is removed again."""
+    folder = Path(config.output_dir) if config.output_dir is not None else _make_free_folder(preset)
+    made = config.output_dir is None or not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"--output-dir {folder} is in use by a run that goes on; wait for its end, or give another folder"
+            ) from error
+        if not config.resume and (folder / "config.json").exists():
+            raise ValueError(f"--output-dir {folder} holds a run already; add --resume to continue it, or give another")
+        try:
+            yield folder
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()
+
+
+def _make_free_folder(preset: str) -> Path:
+    """Makes the first of runs/<preset>, runs/<preset>-2, ... that is not there."""
+    number = 1
+    while True:
+        folder = Path("runs") / (preset if number == 1 else f"{preset}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            # perhaps of a run that started just now
+            number += 1
 
 
 def _announce(trainer: Trainer) -> None:

@@ -7,11 +7,13 @@ one fixed shape, each row pushed towards or away from the step it took (`policy_
 2305.13301, the importance-sampled estimator). There is no value function, no reward model inside, and one process.
 
 All randomness of the loop is a function of the seed and of where in the run it is drawn (Philox for noise, a generator
-keyed by the epoch for prompts and row order), so a run that was cut off continues as if it had not been.
+keyed by the epoch for prompts and row order), so a run that was cut off continues as if it had not been: bit for bit
+where the policy's own arithmetic repeats itself, as it does on the CPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
@@ -26,8 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcpo_fast.advantages import Advantages
-from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state
-from pcpo_fast.config import Config, load_prompts
+from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state, write_atomically
+from pcpo_fast.config import Config, load_prompts, to_json
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
 from pcpo_fast.policies import StableDiffusionPolicy
@@ -90,6 +92,8 @@ class Trainer:
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
         folder.mkdir(parents=True, exist_ok=True)
+        # before all else, as there is no resuming without it; and another run, which does not resume, may start from it
+        write_atomically(folder / "config.json", to_json(dataclasses.replace(config, resume=False)).encode())
         self.metrics = Metrics(folder, resume_epoch=None if latest is None else self.epoch)
 
     def train(self) -> int | None:

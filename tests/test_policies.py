@@ -155,6 +155,12 @@ def test_another_adapter_is_refused(model, tmp_path, settings, message):
         make_policy(model, **settings).load(tmp_path)
 
 
+def test_a_unet_of_another_build_is_refused(model, tmp_path):
+    make_policy(model, tuning="full").save(tmp_path)
+    with pytest.raises(ValueError, match="is not built as this model's; resume with the run's own --model"):
+        make_policy("digits", tuning="full").load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

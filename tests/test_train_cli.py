@@ -454,6 +454,11 @@ def files(tmp_path):
         ("--rewards math:nothing", "module math has no function 'nothing'"),
         ("--group-size 3", "2 x --group-size 3 = 6 images do not divide .* 4; .* choose a divisor of 6"),
         ("--group-size 1 --micro-batch-size 2", "--group-size is 1: give a group size of at least 2, or choose"),
+        (
+            "--advantage batch --prompts-per-epoch 1 --group-size 1 --micro-batch-size 1",
+            "is a single one: raise either",
+        ),
+        ("--advantage prompt --prompt-buffer-size 1", "--prompt-buffer-size is 1: give a buffer size of at least 2"),
         ("--num-inference-steps 1001", "num_inference_steps=1001 must lie between 1 and the schedule's 1000"),
         ("--target-weight 1e-3", "target_weight=0.001 is below .*: the smallest that some step reaches is"),
         ("--eta 0", "every std is 0; use eta > 0"),
@@ -537,6 +542,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(whole, long, capsys):
         ("--lora-alpha 8", "has lora_alpha 4"),
         ("--tuning full", "has tuning 'lora', .* resumed with 'full'; leave the setting out, or start another run"),
         ("--lora-target-modules to_q", "has lora_target_modules"),
+        ("--model digits", "has model '.*', .* 'digits'; .*if that is the same model in another place, .*config.json"),
     ],
 )
 def test_resuming_with_another_adapter_is_refused(whole, capsys, given, message):
@@ -544,6 +550,47 @@ def test_resuming_with_another_adapter_is_refused(whole, capsys, given, message)
     assert main(["--output-dir", str(whole), "--resume", *given.split()]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_model_that_moved_is_told_to_the_run(model, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(model, moved)
+    assert main(command(moved, run, epochs=1)) == 0
+    config = run / "config.json"
+    moved.rename(tmp_path / "again")
+    config.write_text(config.read_text().replace(str(moved), str(tmp_path / "again")))
+    assert main(["--output-dir", str(run), "--resume", "--epochs", "2"]) == 0
+
+
+def test_a_run_in_fp32_may_go_on_in_fp16(whole, tmp_path):
+    """It has no state of a loss scaler."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    assert main(["--output-dir", str(run), "--resume", "--dtype", "fp16", "--epochs", "6"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("there", "named"), [(None, "there is no such folder"), ("notes.txt", "it has no config.json, but notes.txt")]
+)
+def test_resuming_what_is_no_run_is_refused(model, tmp_path, capsys, there, named):
+    """It is a mistyped folder rather than a new run."""
+    run = tmp_path / "run"
+    if there is not None:
+        run.mkdir()
+        (run / there).touch()
+    assert main(command(model, run, resume=True)) == 2
+    error = capsys.readouterr().err
+    assert f"--output-dir {run} holds no run to resume: " in error
+    assert named in error
+    assert "or leave --resume out to begin one there" in error
+    assert ([path.name for path in run.iterdir()] if there else run.exists()) == ([there] if there else False)
+
+
+def test_a_run_that_was_killed_before_it_began_begins(model, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / train.LOCK).touch()
+    assert main(command(model, run, resume=True, epochs=1)) == 0
+    assert (run / "config.json").is_file()
 
 
 def test_resume_needs_a_folder(capsys):
@@ -605,6 +652,72 @@ def test_run_folders_do_not_collide(model, tmp_path, monkeypatch):
     for folder in ("runs/digits", "runs/digits-2"):
         assert main(arguments) == 0
         assert (tmp_path / folder / "config.json").is_file()
+
+
+def test_runs_that_start_together_have_folders_of_their_own(model, tmp_path, monkeypatch):
+    """The second starts while the first loads its model."""
+    monkeypatch.chdir(tmp_path)
+    arguments = command(model, tmp_path, epochs=1)
+    place = arguments.index("--output-dir")
+    arguments = arguments[:place] + arguments[place + 2 :]
+    load = train.StableDiffusionPolicy.from_pretrained
+
+    def load_slowly(config):
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        assert main(arguments) == 0
+        return load(config)
+
+    monkeypatch.setattr(train.StableDiffusionPolicy, "from_pretrained", load_slowly)
+    assert main(arguments) == 0
+    for folder in ("runs/digits", "runs/digits-2"):
+        assert len(records(tmp_path / folder)) == 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_in_which_a_run_goes_on_is_refused(model, tmp_path, monkeypatch, capsys, resume):
+    run, statuses = tmp_path / "run", []
+    others = command(model, run, resume=True) if resume else command(model, run)
+    monkeypatch.setattr(train, "_announce", lambda trainer: statuses.append(main(others)))
+    assert main(command(model, run, epochs=1)) == 0
+    assert statuses == [2]
+    assert f"--output-dir {run} is in use by a run that goes on" in capsys.readouterr().err
+    assert len(records(run)) == 3
+    # and free again behind it
+    monkeypatch.undo()
+    assert main(command(model, run, resume=True, epochs=2)) == 0
+
+
+def test_an_error_leaves_what_it_found(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    assert main(command(model, mine, rewards=("nothing",))) == 2
+    assert mine.exists()
+    assert main(["--rewards", "nothing"]) == 2
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_gpu_is_asked_for_the_same_bits_every_time(model, tmp_path, monkeypatch):
+    """And a CPU is not asked: its kernels are deterministic as they are."""
+    names = [
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+        (torch.utils.deterministic, "fill_uninitialized_memory", False),
+    ]
+    for owner, name, value in names:
+        monkeypatch.setattr(owner, name, not value)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for device, asked in (("cpu", False), ("cuda", True)):
+        monkeypatch.setattr(train, "find_device", lambda name, device=device: torch.device(device))
+        try:
+            assert main(command(model, tmp_path / device, epochs=1)) == 0
+            assert torch.are_deterministic_algorithms_enabled() == asked
+            assert [getattr(owner, name) == value for owner, name, value in names] == [asked] * 3
+            assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
+        finally:
+            torch.use_deterministic_algorithms(False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
 def test_help_documents_every_setting(monkeypatch, capsys):
