@@ -1,5 +1,7 @@
+import errno
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -160,6 +162,19 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
     # first the old one, then the new one, and there were many moments of both
     assert seen == sorted(seen)
     assert min(seen.count(1), seen.count(2)) > 5
+
+
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_what_could_not_be_saved_may_be_saved_later(tmp_path, monkeypatch):
+    checkpoints, (policy, optimizer) = Checkpoints(tmp_path, keep=1), make_state()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint, "_flush", full)
+        save(checkpoints, 1, policy, optimizer)
+    assert checkpoints.latest() is None
+    assert save(checkpoints, 1, policy, optimizer) == checkpoints.latest()
 
 
 def test_a_file_is_replaced_at_once(tmp_path):
