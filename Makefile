@@ -4,7 +4,7 @@ BIN := .venv/bin
 # a stamp, so that installing happens once per change of the package's requirements
 STAMP := .venv/.installed
 
-.PHONY: train test bench lint model clean
+.PHONY: train test bench resources lint model clean
 
 train: $(STAMP)
 	$(BIN)/python -m pcpo_fast.train $(ARGS)
@@ -14,6 +14,10 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# registers, spills, access widths and instructions of every kernel, compiled for GPUs that need not be here
+resources: $(STAMP)
+	$(BIN)/python bench/resources.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -35,6 +35,8 @@ GPU_ROWS = (4, 16, 64)
 VARIANT_SHAPES = ("SD 1.5 512px", "FLUX 1024px")
 
 Outputs = dict[str, Tensor]
+# model output, sample, schedule, step -> mean, std
+UsualStep = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclasses.dataclass
@@ -42,6 +44,9 @@ class Inputs:
     """One set of inputs: `rows` samples, each at a step of its own."""
 
     table: StepTable
+    # the same sampler as the usual code has it
+    usual_step: UsualStep
+    schedule: Tensor
     step: Tensor
     sample_index: Tensor
     seed: Tensor
@@ -112,18 +117,39 @@ class Case(NamedTuple):
         return f"{self.op.name}, {self.rows} x {self.shape}"
 
 
-def usual_log_prob(model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor) -> Tensor:
-    """The log-probability of a sampler step as policy-gradient trainers write it, over a table's rows."""
-    a, b, std = per_row(table, step, sample)
-    mean = a * sample + b * model_output
+def ddim_step(model_output: Tensor, sample: Tensor, schedule: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of a DDIM step with eta = 1 as DDPO's trainers write it, from the cumulative alphas of both ends.
+
+    They stretch the alphas to the shape of the latents first, and take the roots of that: slower, and left out here.
+    """
+    alpha, alpha_prev = per_row(schedule, step, sample)
+    std = ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
+    predicted_sample = (sample - (1 - alpha) ** 0.5 * model_output) / alpha**0.5
+    return alpha_prev**0.5 * predicted_sample + (1 - alpha_prev - std**2) ** 0.5 * model_output, std
+
+
+def affine_step(model_output: Tensor, sample: Tensor, schedule: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std of a step as GRPO's trainers of flow models write it: each of the two tensors times its number."""
+    a, b, std = per_row(schedule[:, :3], step, sample)
+    return sample * a + model_output * b, std
+
+
+def gaussian_log_prob(prev_sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The log-probability of a sampler step as policy-gradient trainers write it, a mean over elements."""
     log_prob = -((prev_sample.detach() - mean) ** 2) / (2 * std**2)
     log_prob = log_prob - torch.log(std) - torch.log(torch.sqrt(2 * torch.as_tensor(math.pi)))
     return log_prob.mean(dim=tuple(range(1, log_prob.dim())))
 
 
+def usual_log_prob(
+    model_output: Tensor, sample: Tensor, prev_sample: Tensor, usual_step: UsualStep, schedule: Tensor, step: Tensor
+) -> Tensor:
+    return gaussian_log_prob(prev_sample, *usual_step(model_output, sample, schedule, step))
+
+
 def per_row(table: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """a, b and s of each row, to be broadcast over its elements."""
-    return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in table[step].unbind(1)[:3])
+    """The columns of a table at each row's step, to be broadcast over its elements."""
+    return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in table[step].unbind(1))
 
 
 def default_device() -> torch.device:
@@ -135,10 +161,21 @@ def dtypes(device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     return (torch.bfloat16 if device.type == "cuda" else torch.float32), torch.float32
 
 
+# 50 DDIM steps of Stable Diffusion 1.x
+ALPHAS = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+TIMESTEPS = torch.arange(981, 0, -20)
+
+
 def make_table(device: torch.device) -> StepTable:
-    """50 DDIM steps of Stable Diffusion 1.x."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return ddim_table((1 - betas).cumprod(0), torch.arange(981, 0, -20)).to(device)
+    return ddim_table(ALPHAS, TIMESTEPS).to(device)
+
+
+def make_schedule(shape: tuple[int, ...], table: StepTable) -> tuple[UsualStep, Tensor]:
+    """How the trainers of the model with this shape of latents write that table's step."""
+    if SHAPES["FLUX 1024px"] == shape or SHAPES["SD3.5 1024px"] == shape:
+        return affine_step, table.rows
+    previous = (TIMESTEPS - 20).clamp(min=0)
+    return ddim_step, torch.stack([ALPHAS[TIMESTEPS], ALPHAS[previous]], dim=1).float().to(table.rows.device)
 
 
 def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: int) -> Inputs:
@@ -153,7 +190,8 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
     row = torch.arange(rows, device=device)
     # the noisier steps, each row another one
     step = (row * 7) % 40
-    a, b, s = (column.double() for column in per_row(table.rows, step, randn()))
+    usual_step, schedule = make_schedule(shape, table)
+    a, b, s = (column.double() for column in per_row(table.rows[:, :3], step, randn()))
     old, uncond = randn().to(model_dtype), randn().to(model_dtype)
     sample, change = randn(), randn()
     noise = sample_noise((rows, *shape), table, step, seed=seed, sample_index=row, impl="torch")
@@ -166,11 +204,13 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
     sample = sample.to(latent_dtype)
     return Inputs(
         table=table,
+        usual_step=usual_step,
+        schedule=schedule,
         step=step,
         sample_index=row,
         seed=torch.tensor(seed, device=device),
         advantages=torch.where(row % 4 < 2, 1.0, -1.0) * (0.5 + row / rows),
-        old_log_prob=usual_log_prob(old, sample, prev_sample, table.rows, step),
+        old_log_prob=usual_log_prob(old, sample, prev_sample, usual_step, schedule, step),
         model_output=new.requires_grad_(),
         cond_output=cond.requires_grad_(),
         uncond_output=uncond.requires_grad_(),

@@ -47,7 +47,7 @@ import pcpo_fast, torch, triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_fast from {pcpo_fast.__path__[0]}")'
     part tests "$TESTS_SECONDS" "$PYTHON" -m pytest --junitxml "$OUT/tests.xml" --durations 5 -p no:cacheprovider \
-        tests/test_policy_loss.py tests/test_sampler_step.py tests/test_step_log_prob.py \
+        tests/test_gpu.py tests/test_policy_loss.py tests/test_sampler_step.py tests/test_step_log_prob.py \
         tests/test_philox.py tests/test_ops.py tests/test_kernels_compile.py
     part benchmarks $((BENCH_SECONDS + 30)) "$PYTHON" -m pytest bench -p no:cacheprovider \
         --time-budget "$BENCH_SECONDS" --save-results "$OUT"

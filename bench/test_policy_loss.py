@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,10 @@ from pcpo_fast import policy_loss
 from pcpo_fast.reference.policy_loss import policy_loss_oracle
 
 
-def formula(model_output, sample, prev_sample, table, step, old_log_prob, advantages):
+def formula(model_output, sample, prev_sample, usual_step, schedule, step, old_log_prob, advantages):
     """Proximal policy optimisation as DDPO's and GRPO's trainers write it, on stored states."""
-    ratio = torch.exp(usual_log_prob(model_output, sample, prev_sample, table, step) - old_log_prob)
+    log_prob = usual_log_prob(model_output, sample, prev_sample, usual_step, schedule, step)
+    ratio = torch.exp(log_prob - old_log_prob)
     unclipped = -advantages * ratio
     clipped = -advantages * torch.clamp(ratio, 1 - CLIP_RANGE, 1 + CLIP_RANGE)
     return torch.mean(torch.maximum(unclipped, clipped))
@@ -38,9 +40,9 @@ def guided_formula(cond_output, uncond_output, *arguments):
     return formula(model_output, *arguments), model_output
 
 
-def stored(i: Inputs) -> tuple[torch.Tensor, ...]:
+def stored(i: Inputs) -> tuple[Any, ...]:
     """What the usual formula needs beside the model's output."""
-    return i.sample, i.prev_sample, i.table.rows, i.step, i.old_log_prob, i.advantages
+    return i.sample, i.prev_sample, i.usual_step, i.schedule, i.step, i.old_log_prob, i.advantages
 
 
 def usual_loss(i: Inputs, formula) -> Outputs:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import report
 import torch
-from cases import default_device, make_table, per_row, usual_log_prob
+from cases import affine_step, default_device, make_table, per_row, usual_log_prob
 
 from pcpo_fast import policy_loss, sampler_step
 
@@ -34,7 +34,8 @@ FIGURE = Path(__file__).parent.parent / "docs" / "images" / "precision.png"
 def true_log_ratio(new, old, sample, prev_sample, table, step):
     """From stored inputs, all of them taken as they are, in float64."""
     new_log_prob, old_log_prob = (
-        usual_log_prob(m.double(), sample.double(), prev_sample.double(), table.rows.double(), step) for m in (new, old)
+        usual_log_prob(m.double(), sample.double(), prev_sample.double(), affine_step, table.rows.double(), step)
+        for m in (new, old)
     )
     return new_log_prob - old_log_prob
 
@@ -95,18 +96,20 @@ def relative(value, truth):
 def _fp32_error(new, old, sample, noise, table, step):
     """Both log-probabilities in float32, of the same stored float32 latents."""
     prev_sample = sampler_step(old, sample, table, step, noise=noise).prev_sample
-    new_log_prob, old_log_prob = (usual_log_prob(m, sample, prev_sample, table.rows, step) for m in (new, old))
+    new_log_prob, old_log_prob = (
+        usual_log_prob(m, sample, prev_sample, affine_step, table.rows, step) for m in (new, old)
+    )
     return relative(new_log_prob - old_log_prob, true_log_ratio(new, old, sample, prev_sample, table, step))
 
 
 def _bf16_error(new, old, sample, noise, table, step):
     """The rollout takes the old log-probability of x', then stores x' in bf16, of which training takes the new one."""
-    a, b, s = per_row(table.rows, step, sample)
+    a, b, s = per_row(table.rows[:, :3], step, sample)
     sample = sample.bfloat16().float()
     prev_sample = a * sample + b * old + s * noise
-    old_log_prob = usual_log_prob(old, sample, prev_sample, table.rows, step)
+    old_log_prob = usual_log_prob(old, sample, prev_sample, affine_step, table.rows, step)
     stored = prev_sample.bfloat16().float()
-    new_log_prob = usual_log_prob(new, sample, stored, table.rows, step)
+    new_log_prob = usual_log_prob(new, sample, stored, affine_step, table.rows, step)
     # of rounded latents a row's true log-ratio may happen to be near 0: relative to what it was before rounding
     size = true_log_ratio(new, old, sample, prev_sample, table, step).abs()
     error = (new_log_prob - old_log_prob).double() - true_log_ratio(new, old, sample, stored, table, step)

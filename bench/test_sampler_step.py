@@ -15,37 +15,37 @@ from cases import (
     assert_close,
     cases,
     check_guided_output,
+    gaussian_log_prob,
     guidance_slack,
     guided,
     per_row,
-    usual_log_prob,
 )
 from measure import RECORDED
 
 from pcpo_fast import sample_noise, sampler_step
 
 
-def formula(cond_output, uncond_output, sample, table, step, noise):
+def formula(cond_output, uncond_output, sample, usual_step, schedule, step, noise):
     """Guidance, the step and its log-probability, as trainers write them."""
     model_output = guided(cond_output, uncond_output)
-    a, b, std = per_row(table, step, sample)
-    prev_sample = a * sample + b * model_output + std * noise
-    log_prob = usual_log_prob(model_output, sample, prev_sample, table, step)
+    mean, std = usual_step(model_output, sample, schedule, step)
+    prev_sample = mean + std * noise
+    log_prob = gaussian_log_prob(prev_sample, mean, std)
     return {"prev_sample": prev_sample, "guided": model_output, "log_prob": log_prob}
 
 
-def drawing_formula(cond_output, uncond_output, sample, table, step):
-    return formula(cond_output, uncond_output, sample, table, step, torch.randn_like(sample))
+def drawing_formula(cond_output, uncond_output, sample, usual_step, schedule, step):
+    return formula(cond_output, uncond_output, sample, usual_step, schedule, step, torch.randn_like(sample))
 
 
 @torch.no_grad()
 def usual_given(i: Inputs, formula) -> Outputs:
-    return formula(i.cond_output, i.uncond_output, i.sample, i.table.rows, i.step, i.noise)
+    return formula(i.cond_output, i.uncond_output, i.sample, i.usual_step, i.schedule, i.step, i.noise)
 
 
 @torch.no_grad()
 def usual_drawn(i: Inputs, formula) -> Outputs:
-    return formula(i.cond_output, i.uncond_output, i.sample, i.table.rows, i.step)
+    return formula(i.cond_output, i.uncond_output, i.sample, i.usual_step, i.schedule, i.step)
 
 
 def our_step(i: Inputs, impl: str, *, drawn: bool, return_noise: bool = False) -> Outputs:
@@ -69,7 +69,7 @@ def check_step(i: Inputs, outputs: Outputs, competitor: str) -> tuple[torch.Tens
     """Checks all but where the noise comes from; returns that of the stored x' in float64 and its tolerance."""
     model_output = outputs["guided"]
     check_guided_output(i, model_output)
-    a, b, s = (column.double() for column in per_row(i.table.rows, i.step, i.sample))
+    a, b, s = (column.double() for column in per_row(i.table.rows[:, :3], i.step, i.sample))
     assert outputs["prev_sample"].dtype == i.sample.dtype
     noise = (outputs["prev_sample"].double() - a * i.sample - b * model_output.double()) / s
     # torch.compile goes on with what it has not yet rounded

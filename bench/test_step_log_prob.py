@@ -19,7 +19,7 @@ def with_gradient(log_prob: torch.Tensor, i: Inputs) -> Outputs:
 
 
 def usual(i: Inputs, formula) -> Outputs:
-    return with_gradient(formula(i.model_output, i.sample, i.prev_sample, i.table.rows, i.step), i)
+    return with_gradient(formula(i.model_output, i.sample, i.prev_sample, i.usual_step, i.schedule, i.step), i)
 
 
 def ours(i: Inputs, impl: str) -> Outputs:
@@ -27,7 +27,7 @@ def ours(i: Inputs, impl: str) -> Outputs:
 
 
 def usual_ratio(i: Inputs, formula) -> Outputs:
-    log_prob = formula(i.model_output, i.sample, i.prev_sample, i.table.rows, i.step)
+    log_prob = formula(i.model_output, i.sample, i.prev_sample, i.usual_step, i.schedule, i.step)
     return with_gradient(log_prob - i.old_log_prob, i)
 
 

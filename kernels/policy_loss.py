@@ -183,7 +183,8 @@ def _policy_loss_fwd_kernel(
         middle, direction = noise, noise
     else:
         middle, direction = tl.fma(0.5 * weight, e, noise), tl.fma(weight, e, noise)
-    tl.store(direction_ptr + offset + column, direction.to(direction_ptr.dtype.element_ty), mask)
+    if direction_ptr is not None:
+        tl.store(direction_ptr + offset + column, direction.to(direction_ptr.dtype.element_ty), mask)
 
     # the rows' losses lie behind the partial sums
     row_loss_ptr = partial_ptr + rows.to(tl.int64) * (SPLITS * SUMS)
@@ -237,14 +238,15 @@ def policy_loss(
     clip_range: float,
     reduction: str,
     kl_weight: float,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 1): of the
-    direction, or (rows, 2): of the direction and of m_new - m_ref."""
+    """Loss; each row's log-ratio and clipped; the direction z + w e (empty without gradient); the gradient's
+    coefficients, (rows, 1): of the direction, or (rows, 2): of the direction and of m_new - m_ref."""
     rows = model_output.shape[0]
     numel = model_output[0].numel()
     settings, splits = launch(numel)
     new, old, table = model_output.contiguous(), old_model_output.contiguous(), table.contiguous()
-    direction = torch.empty_like(new)
+    direction = new.new_empty(new.shape if with_gradient else 0)
     loss, log_ratio = table.new_empty(()), table.new_empty(rows)
     scratch = table.new_empty(rows * (splits * SUMS.value + 1))
     clipped = table.new_empty(rows, dtype=torch.bool)
@@ -262,7 +264,7 @@ def policy_loss(
         table,
         step,
         contiguous(advantages),
-        direction,
+        direction if with_gradient else None,
         scratch,
         tickets(rows + 1, new.device),
         loss,
@@ -296,10 +298,11 @@ def step_log_ratio(
     table: Tensor,
     step: Tensor,
     reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's log-ratio; the direction z + w e of its gradient, and its coefficient (rows, 1)."""
-    source = (noise, seed, sample_index, sample, prev_sample)
+    """Each row's log-ratio; the direction z + w e of its gradient (empty without), and its coefficient (rows, 1)."""
     _, log_ratio, _, direction, coefficients = policy_loss(
-        model_output, None, 1.0, old_model_output, *source, table, step, None, None, "log_ratio", 1.0, reduction, 0.0
+        *(model_output, None, 1.0, old_model_output, noise, seed, sample_index, sample, prev_sample, table, step),
+        *(None, None, "log_ratio", 1.0, reduction, 0.0, with_gradient),
     )
     return log_ratio, direction, coefficients

@@ -5,7 +5,6 @@ Each program reads its part of the row once, writes the direction and leaves a p
 the partial sums in a fixed order and writes its log-probability and coefficient.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -42,7 +41,8 @@ def _step_log_prob_fwd_kernel(
     m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
     x = load(sample_ptr + offset, column, mask)  # [BLOCK]
     z = (load(prev_sample_ptr + offset, column, mask) - affine_mean(x, m, a, b)) * inverse(std)  # [BLOCK]
-    tl.store(direction_ptr + offset + column, z.to(direction_ptr.dtype.element_ty), mask)
+    if direction_ptr is not None:
+        tl.store(direction_ptr + offset + column, z.to(direction_ptr.dtype.element_ty), mask)
     store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, row, std, numel, scale, SPLITS, SPLITS_BLOCK)
     if tl.program_id(0) % SPLITS == 0:
         tl.store(coefficient_ptr + row, scale * b * inverse(std))
@@ -70,14 +70,20 @@ def store_log_prob(
 
 
 def step_log_prob(
-    model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor, reduction: str
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows, 1)."""
+    """(rows,) log-probabilities, the direction z of the gradient (empty without), and its coefficient (rows, 1)."""
     rows = model_output.shape[0]
     numel = model_output[0].numel()
     settings, splits = launch(numel)
     model_output, table = model_output.contiguous(), table.contiguous()
-    direction = torch.empty_like(model_output)
+    direction = model_output.new_empty(model_output.shape if with_gradient else 0)
     partials, log_probs, coefficients = (table.new_empty(shape) for shape in (rows * splits, rows, (rows, 1)))
     _step_log_prob_fwd_kernel[(rows * splits,)](
         model_output,
@@ -85,7 +91,7 @@ def step_log_prob(
         prev_sample.contiguous(),
         table,
         step,
-        direction,
+        direction if with_gradient else None,
         partials,
         tickets(rows, direction.device),
         log_probs,

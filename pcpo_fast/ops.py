@@ -160,11 +160,12 @@ def step_log_prob(
     _check_choice("reduction", reduction, ("mean", "sum"))
     log_prob, _, _ = torch.ops.pcpo_fast.step_log_prob(
         model_output,
-        sample.detach(),
-        prev_sample.detach(),
+        _detach(sample),
+        _detach(prev_sample),
         table.rows,
         step,
         reduction,
+        _wants_gradient(model_output),
         _resolve_impl(impl, model_output, sample, prev_sample),
     )
     return log_prob
@@ -206,11 +207,12 @@ def step_log_ratio(
     _check_choice("reduction", reduction, ("mean", "sum"))
     log_ratio, _, _ = torch.ops.pcpo_fast.step_log_ratio(
         model_output,
-        old_model_output.detach(),
+        _detach(old_model_output),
         *source,
         table.rows,
         step,
         reduction,
+        _wants_gradient(model_output),
         _resolve_impl(impl, model_output, *tensors.values()),
     )
     return log_ratio
@@ -309,16 +311,17 @@ def policy_loss(
         model_output,
         uncond_output,
         guidance_scale,
-        old_model_output.detach(),
+        _detach(old_model_output),
         *source,
         table.rows,
         step,
-        advantages.detach(),
+        _detach(advantages),
         _detach(ref_model_output),
         objective,
         clip_range,
         reduction,
         kl_weight,
+        _wants_gradient(model_output, uncond_output),
         _resolve_impl(impl, model_output, *tensors.values()),
     )
     return PolicyLoss(loss, log_ratio, clipped)
@@ -443,8 +446,12 @@ def _check_noise_source(
     return _detach(noise), *key, _detach(sample), _detach(prev_sample)
 
 
+def _wants_gradient(*outputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in outputs)
+
+
 def _detach(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
+    return tensor if tensor is None or not tensor.requires_grad else tensor.detach()
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -485,12 +492,13 @@ _SCHEMAS = (
     "float guidance_scale, Tensor? noise, Tensor? seed, Tensor? sample_index, bool return_noise, str impl) "
     "-> (Tensor prev_sample, Tensor guided, Tensor noise, Tensor log_prob)",
     "step_log_prob(Tensor model_output, Tensor sample, Tensor prev_sample, Tensor table, Tensor step, "
-    "str reduction, str impl) -> (Tensor log_prob, Tensor direction, Tensor coefficient)",
+    "str reduction, bool with_gradient, str impl) -> (Tensor log_prob, Tensor direction, Tensor coefficient)",
     f"step_log_ratio(Tensor model_output, Tensor old_model_output, {_NOISE_SOURCE}"
-    "Tensor table, Tensor step, str reduction, str impl) -> (Tensor log_ratio, Tensor direction, Tensor coefficient)",
+    "Tensor table, Tensor step, str reduction, bool with_gradient, str impl) "
+    "-> (Tensor log_ratio, Tensor direction, Tensor coefficient)",
     "policy_loss(Tensor model_output, Tensor? uncond_output, float guidance_scale, Tensor old_model_output, "
     f"{_NOISE_SOURCE}Tensor table, Tensor step, Tensor advantages, Tensor? ref_model_output, str objective, "
-    "float clip_range, str reduction, float kl_weight, str impl) "
+    "float clip_range, str reduction, float kl_weight, bool with_gradient, str impl) "
     "-> (Tensor loss, Tensor log_ratio, Tensor clipped, Tensor direction, Tensor coefficients)",
     "gradient(Tensor direction, Tensor coefficients, Tensor grad_output, Tensor? model_output, Tensor? uncond_output, "
     "float guidance_scale, Tensor? ref_model_output, str impl) -> (Tensor gradient, Tensor uncond_gradient)",
@@ -537,15 +545,18 @@ def _(model_output, sample, table, step, uncond_output, guidance_scale, noise, s
 
 
 @torch.library.register_fake("pcpo_fast::step_log_prob", lib=_library)
-def _(model_output, sample, prev_sample, table, step, reduction, impl):
+def _(model_output, sample, prev_sample, table, step, reduction, with_gradient, impl):
     dtype, rows = reference.compute_dtype(model_output, sample, prev_sample), len(model_output)
-    return sample.new_empty(rows, dtype=dtype), _empty_like(model_output), sample.new_empty((rows, 1), dtype=dtype)
+    direction = model_output.new_empty(model_output.shape if with_gradient else 0)
+    return sample.new_empty(rows, dtype=dtype), direction, sample.new_empty((rows, 1), dtype=dtype)
 
 
 @torch.library.register_fake("pcpo_fast::step_log_ratio", lib=_library)
-def _(model_output, old_model_output, noise, seed, sample_index, sample, prev_sample, table, step, reduction, impl):
+def _(model_output, old_model_output, noise, seed, sample_index, sample, prev_sample, table, step, *settings):
     dtype, rows = reference.compute_dtype(model_output, old_model_output, noise, sample, prev_sample), len(model_output)
-    return table.new_empty(rows, dtype=dtype), _empty_like(model_output), table.new_empty((rows, 1), dtype=dtype)
+    _, with_gradient, _ = settings
+    direction = model_output.new_empty(model_output.shape if with_gradient else 0)
+    return table.new_empty(rows, dtype=dtype), direction, table.new_empty((rows, 1), dtype=dtype)
 
 
 @torch.library.register_fake("pcpo_fast::policy_loss", lib=_library)
@@ -563,15 +574,16 @@ def _(
     step,
     advantages,
     ref_model_output,
-    *_,
+    *settings,
 ):
+    *_, with_gradient, _ = settings
     others = (uncond_output, old_model_output, noise, sample, prev_sample, ref_model_output)
     dtype, rows = reference.compute_dtype(model_output, *others), len(model_output)
     return (
         table.new_empty((), dtype=dtype),
         table.new_empty(rows, dtype=dtype),
         table.new_empty(rows, dtype=torch.bool),
-        _empty_like(model_output),
+        model_output.new_empty(model_output.shape if with_gradient else 0),
         table.new_empty((rows, 1 if ref_model_output is None else 2), dtype=dtype),
     )
 

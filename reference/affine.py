@@ -82,7 +82,7 @@ def row_numel(tensor: Tensor) -> int:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """(rows, ...) as a contiguous (rows, numel)."""
-    return tensor.contiguous().view(tensor.shape[0], -1)
+    return (tensor if tensor.is_contiguous() else tensor.contiguous()).view(tensor.shape[0], -1)
 
 
 def tiles(*tensors: Tensor | None) -> Iterator[list[Any]]:
@@ -124,7 +124,7 @@ def chunk_sums(tile: Tensor) -> Tensor:
 def row_sums(chunk_sums_of_tiles: list[Tensor], rows: int) -> Tensor:
     """The sum of each row, (rows,) float64, from the chunk sums of all its tiles."""
     chunks = chunk_sums_of_tiles[0] if len(chunk_sums_of_tiles) == 1 else torch.cat(chunk_sums_of_tiles)
-    return chunks.view(rows, -1).double().sum(dim=1)
+    return chunks.double() if len(chunks) == rows else chunks.view(rows, -1).double().sum(dim=1)
 
 
 def guided_output(cond: Tensor, uncond: Tensor, guidance_scale: float, dtype: torch.dtype, out: Tensor) -> Tensor:

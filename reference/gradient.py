@@ -22,12 +22,12 @@ def gradient(
     # (rows, 1, ...) tensors, which take part in type promotion where a scalar would be rounded to half precision
     per_row = (-1, *[1] * (direction.dim() - 1))
     factors = coefficients * (grad_output[:, None] if grad_output.dim() else grad_output)
-    gradient = direction * factors[:, 0].view(per_row)
+    gradient = direction * factors[:, :1].view(per_row)
     if ref_model_output is not None:
         new = model_output
         if uncond_output is not None:
             new = guided_output(new, uncond_output, guidance_scale, dtype, torch.empty_like(new))
-        gradient.addcmul_(new.to(dtype) - ref_model_output, factors[:, 1].view(per_row))
+        gradient.addcmul_(new.to(dtype) - ref_model_output, factors[:, 1:].view(per_row))
     if uncond_output is None:
         return gradient.to(direction.dtype), direction.new_empty(0)
     return (gradient * guidance_scale).to(direction.dtype), gradient.mul_(1 - guidance_scale).to(direction.dtype)

@@ -118,12 +118,13 @@ def policy_loss(
     clip_range: float,
     reduction: str,
     kl_weight: float,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; each row's log-ratio and clipped; the direction z + w e; the gradient's coefficients, (rows, 1): of the
-    direction, or (rows, 2): of the direction and of m_new - m_ref."""
+    """Loss; each row's log-ratio and clipped; the direction z + w e (empty without gradient); the gradient's
+    coefficients, (rows, 1): of the direction, or (rows, 2): of the direction and of m_new - m_ref."""
     coef, ez, rr, direction = _pass(
         *(model_output, uncond_output, guidance_scale, old_model_output),
-        *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, objective),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, objective, with_gradient),
     )
     dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
     weight = coef.weight.squeeze(1)
@@ -153,11 +154,12 @@ def step_log_ratio(
     table: Tensor,
     step: Tensor,
     reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's log-ratio; the direction z + w e of its gradient, and its coefficient (rows, 1)."""
+    """Each row's log-ratio; the direction z + w e of its gradient (empty without), and its coefficient (rows, 1)."""
     coef, ez, _, direction = _pass(
         *(model_output, None, 1.0, old_model_output),
-        *(noise, seed, sample_index, sample, prev_sample, table, step, None, "log_ratio"),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, None, "log_ratio", with_gradient),
     )
     dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
     return (ez * coef.weight.squeeze(1)).mul_(-scale).to(dtype), direction, -scale * coef.weight
@@ -177,22 +179,24 @@ def _pass(
     step: Tensor,
     ref_model_output: Tensor | None,
     objective: str,
+    with_gradient: bool,
 ) -> tuple[Coefficients, Tensor, Tensor | None, Tensor]:
-    """Each row's coefficients, <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e; for guard
-    without the terms in w."""
+    """Each row's coefficients, <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e (empty
+    without gradient); for guard without the terms in w."""
     dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
-    direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
+    direction = model_output.new_empty(model_output.shape if with_gradient else 0)
     rows, numel = len(step), row_numel(model_output)
     coef = Coefficients(table, step, dtype)
     states = (None, None, None) if sample is None else (coef.sample, coef.output, coef.inverse_std)
     first_counter = None if seed is None else first_counters(sample_index, step, table.shape[0], numel)
-    optional = (uncond_output, noise, sample, prev_sample, ref_model_output)
+    w = coef.weight
+    optional = (direction if with_gradient else None, uncond_output, noise, sample, prev_sample, ref_model_output)
     per_element = (None if t is None else as_rows(t) for t in optional)
     sums, ref_sums = [], []
 
     for columns, new, old, target, uncond, z, x, x_prev, ref, weight, half_weight, a, b, inverse_std, counter in tiles(
-        *map(as_rows, (model_output, old_model_output, direction)),
-        *(*per_element, coef.weight, coef.weight / 2, *states, first_counter),
+        *map(as_rows, (model_output, old_model_output)),
+        *(*per_element, w, w / 2, *states, first_counter),
     ):
         if uncond is not None:
             new = guided_output(new, uncond, guidance_scale, dtype, torch.empty_like(new))
@@ -204,15 +208,15 @@ def _pass(
             z = noise_tile(seed, counter, columns)
         z = cast(z, dtype)
         e = new - old
-        scratch = target if target.dtype == dtype else torch.empty_like(e)
+        scratch = target if target is not None and target.dtype == dtype else torch.empty_like(e)
         if objective == "guard":
             sums.append(chunk_sums(torch.mul(e, z, out=scratch)))
-            target.copy_(z)
         else:
             sums.append(chunk_sums(torch.addcmul(z, e, half_weight, out=scratch).mul_(e)))
-            torch.addcmul(z, e, weight, out=scratch)
-            if scratch is not target:
-                target.copy_(scratch)
+        if target is not None:
+            direction_tile = z if objective == "guard" else torch.addcmul(z, e, weight, out=scratch)
+            if direction_tile is not target:
+                target.copy_(direction_tile)
         if ref is not None:
             ref_sums.append(chunk_sums(torch.sub(new, cast(ref, dtype), out=e).square_()))
 

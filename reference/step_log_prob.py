@@ -36,12 +36,19 @@ def step_log_prob_oracle(
 
 
 def step_log_prob(
-    model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor, reduction: str
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    reduction: str,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows,) log-probabilities, the direction z of the gradient, and its coefficient (rows, 1)."""
+    """(rows,) log-probabilities, the direction z of the gradient (empty without), and its coefficient (rows, 1)."""
     dtype = compute_dtype(model_output, sample, prev_sample)
-    direction = torch.empty_like(model_output, memory_format=torch.contiguous_format)
-    m, x, x_prev, towards = (as_rows(t) for t in (model_output, sample, prev_sample, direction))
+    direction = model_output.new_empty(model_output.shape if with_gradient else 0)
+    m, x, x_prev = (as_rows(t) for t in (model_output, sample, prev_sample))
+    towards = as_rows(direction) if with_gradient else None
     rows, numel = m.shape
     coef = Coefficients(table, step, dtype)
     b, inverse_std = coef.output, coef.inverse_std
@@ -52,7 +59,8 @@ def step_log_prob(
     ):
         mean = affine_mean(cast(x_tile, dtype), cast(m_tile, dtype), a, b_tile)
         z = torch.sub(cast(x_prev_tile, dtype), mean, out=mean).mul_(inverse)
-        target.copy_(z)
+        if target is not None:
+            target.copy_(z)
         squares.append(chunk_sums(z.square_()))
 
     log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, reduction)

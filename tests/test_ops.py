@@ -26,17 +26,17 @@ def test_opcheck(inputs, table, impl):
     calls = [
         (namespace.sampler_step, (m, x, table.rows, step, other, 5.0, z, None, None, True, impl)),
         (namespace.sampler_step, (m, x.half(), table.rows, step, None, 1.0, None, seed, index, False, impl)),
-        (namespace.step_log_prob, (m_grad, x, other, table.rows, step, "mean", impl)),
-        (namespace.step_log_prob, (m.half(), x.mT, other.mT, table.rows, step, "sum", impl)),
+        (namespace.step_log_prob, (m_grad, x, other, table.rows, step, "mean", True, impl)),
+        (namespace.step_log_prob, (m.half(), x.mT, other.mT, table.rows, step, "sum", False, impl)),
         (namespace.sample_noise, (seed, index, step, len(table.rows), 7, impl)),
     ]
     sources = [(z, None, None, None, None), (None, seed, index, None, None), (None, None, None, x, z)]
     for source in sources:
-        calls.append((namespace.step_log_ratio, (m_grad, other, *source, table.rows, step, "mean", impl)))
+        calls.append((namespace.step_log_ratio, (m_grad, other, *source, table.rows, step, "mean", True, impl)))
         for objective in ("pcpo", "ppo", "guard"):
             for ref, uncond in ((None, None), (x, None), (x, z)):
                 uncond = None if uncond is None else uncond.clone().requires_grad_()
-                arguments = (table.rows, step, advantages, ref, objective, 0.5, "mean", 0.1, impl)
+                arguments = (table.rows, step, advantages, ref, objective, 0.5, "mean", 0.1, True, impl)
                 calls.append((namespace.policy_loss, (m_grad, uncond, 3.0, other, *source, *arguments)))
     calls.append((namespace.gradient, (m, advantages[:, None], advantages, None, z, 3.0, None, impl)))
     for op, arguments in calls:

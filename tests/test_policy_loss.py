@@ -406,3 +406,20 @@ def test_under_autocast_with_gradient_accumulation(table, impl, device):
     for half in halves:
         (half / 2).backward()
     torch.testing.assert_close(new.grad, at_once, rtol=4 * EPS, atol=0)
+
+
+def test_without_gradient_only_the_sums_are_made(table, impl, device):
+    """The same numbers under no_grad and for an output that wants no gradient, and nothing as large as the inputs."""
+    new, old, noise, step, advantages, _ = make_inputs((4, 3, 9), device)
+    with_gradient = run((new, old, noise, step, advantages, None), table, impl)
+    arguments = (old, noise, table, step, advantages)
+    without = ops.policy_loss(new, *arguments, impl=impl)
+    with torch.no_grad():
+        under_no_grad = ops.policy_loss(new.clone().requires_grad_(), *arguments, impl=impl)
+    assert all(map(torch.equal, with_gradient, without)) and all(map(torch.equal, without, under_no_grad))
+    settings = ("pcpo", 1e-4, "mean", 0.0, False, impl)
+    sources = (noise, None, None, None, None)
+    *_, direction, _ = torch.ops.pcpo_fast.policy_loss(
+        new, None, 1.0, old, *sources, table.rows, step, advantages, None, *settings
+    )
+    assert direction.numel() == 0
