@@ -134,7 +134,8 @@ def markdown(results: dict[str, Any]) -> str:
         "Device time of a call in replays of a CUDA graph, inputs and outputs rotating through more than three times "
         "the L2 cache; 'host' is the wall time that handing over one call takes without a graph."
         if on_gpu
-        else f"Wall time of a call, {results['threads']} thread. Inputs may stay in the CPU's caches from call to "
+        else f"Wall time of a call, {results['threads']} thread: the mean of four in a row after one that "
+        "is not counted. Inputs may stay in the CPU's caches from call to "
         "call, for everyone alike."
     )
     versions = f"torch {results['torch']}, triton {results['triton'] or 'not installed'}, Python {results['python']}"
