@@ -118,11 +118,17 @@ class Case(NamedTuple):
 
 
 def ddim_step(model_output: Tensor, sample: Tensor, schedule: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and std of a DDIM step with eta = 1 as DDPO's trainers write it, from the cumulative alphas of both ends.
+    """Mean and std of a DDIM step with eta = 1 as DDPO's trainers write it: the cumulative alphas of both ends are
+    stretched to the shape of the latents, and the roots taken of that."""
+    return _ddim_step(model_output, sample, *(alpha.expand_as(sample) for alpha in per_row(schedule, step, sample)))
 
-    They stretch the alphas to the shape of the latents first, and take the roots of that: slower, and left out here.
-    """
-    alpha, alpha_prev = per_row(schedule, step, sample)
+
+def lean_ddim_step(model_output: Tensor, sample: Tensor, schedule: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with roots of one number per row, for who has noticed."""
+    return _ddim_step(model_output, sample, *per_row(schedule, step, sample))
+
+
+def _ddim_step(model_output: Tensor, sample: Tensor, alpha: Tensor, alpha_prev: Tensor) -> tuple[Tensor, Tensor]:
     std = ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
     predicted_sample = (sample - (1 - alpha) ** 0.5 * model_output) / alpha**0.5
     return alpha_prev**0.5 * predicted_sample + (1 - alpha_prev - std**2) ** 0.5 * model_output, std

@@ -12,6 +12,7 @@ import report
 import torch
 from cases import COMPETITORS, SHAPES, Case, default_device, make_inputs
 
+STARTED = time.perf_counter()
 # per group of competitors, of timing alone
 SECONDS_PER_GROUP = {"cpu": 4.0, "cuda": 1.0}
 
@@ -47,7 +48,6 @@ class Suite:
     def __init__(self, budget: float | None) -> None:
         self.device = default_device()
         self.budget = budget
-        self.started = time.perf_counter()
         self.copy_bandwidth = measure.copy_bandwidth(self.device)
         self.cannot_compile = _why_not_compile(self.device)
         self.records: list[dict[str, Any]] = []
@@ -76,7 +76,7 @@ class Suite:
         measure.RECORDED.replay(benchmark, outcome.seconds)
 
     def _time_is_up(self) -> bool:
-        return self.budget is not None and time.perf_counter() - self.started > self.budget
+        return self.budget is not None and time.perf_counter() - STARTED > self.budget
 
     def _why_skip(self, case: Case, competitor: str) -> str | None:
         if competitor == "ours-triton" and self.device.type != "cuda":
@@ -166,11 +166,20 @@ def suite(request):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def summary(request):
+    """Markdown of other measurements, shown when the run is over."""
+    return request.config.stash.setdefault(SUMMARY, [])
+
+
 SUITE = pytest.StashKey[Suite]()
+SUMMARY = pytest.StashKey[list[str]]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
+    for text in config.stash.get(SUMMARY, []):
+        terminalreporter.write_line("\n" + text)
     suite = config.stash.get(SUITE, None)
     if suite is None:
         return

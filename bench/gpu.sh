@@ -11,8 +11,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
-TESTS_SECONDS=${TESTS_SECONDS:-140}
-BENCH_SECONDS=${BENCH_SECONDS:-235}
+TESTS_SECONDS=${TESTS_SECONDS:-190}
+BENCH_SECONDS=${BENCH_SECONDS:-200}
 TUNE_SECONDS=${TUNE_SECONDS:-40}
 
 # the package as pyproject.toml maps it, without installing anything
@@ -48,7 +48,7 @@ device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_fast from {pcpo_fast.__path__[0]}")'
     part tests "$TESTS_SECONDS" "$PYTHON" -m pytest --junitxml "$OUT/tests.xml" --durations 5 -p no:cacheprovider \
         tests/test_gpu.py tests/test_policy_loss.py tests/test_sampler_step.py tests/test_step_log_prob.py \
-        tests/test_philox.py tests/test_ops.py tests/test_kernels_compile.py
+        tests/test_philox.py tests/test_ops.py
     part benchmarks $((BENCH_SECONDS + 30)) "$PYTHON" -m pytest bench -p no:cacheprovider \
         --time-budget "$BENCH_SECONDS" --save-results "$OUT"
     part 'launch settings' $((TUNE_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$TUNE_SECONDS" --output "$OUT/tune.json"

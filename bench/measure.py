@@ -7,16 +7,19 @@ launch gaps.
 
 from __future__ import annotations
 
+import bisect
 import collections
+import contextlib
 import dataclasses
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 Call = Callable[[Any], Any]
 
@@ -31,6 +34,8 @@ GPU_REPLAY_SECONDS = 2e-3
 MAX_GRAPH_CALLS = 1000
 # few enough calls that the launch queue never fills up
 HOST_CALLS = 15
+# marks the parts of a profile
+PHASE = "phase: "
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
@@ -192,26 +197,93 @@ def _host_seconds(call: Call, slots: Sequence[Any]) -> float:
     return statistics.median(times)
 
 
+class PeakMemory:
+    """The most memory that was held at any moment of a block beyond what was held before it.
+
+    On a GPU as PyTorch's allocator counts it, on a CPU by the record that the allocator leaves in a profile. That does
+    not have what the block gives back of what was held before it: blocks that do so are measured right on a GPU only.
+
+    Attributes:
+        peak: bytes, of the whole block; once it is over.
+        phases: the same of the parts of the block that ran under `phase(name)`, by name.
+        left: bytes held at the end of each of them, beyond what was held before the block.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.peak = 0
+        self.phases: dict[str, int] = {}
+        self.left: dict[str, int] = {}
+        self._before = 0
+        self._profile: profile | None = None
+        if device.type == "cpu":
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> PeakMemory:
+        if self._profile is not None:
+            self._profile.__enter__()
+        else:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._profile is not None:
+            self._profile.__exit__(*error)
+            self._read(self._profile)
+        else:
+            torch.cuda.synchronize()
+            self._since_reset()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        if self._profile is not None:
+            with record_function(PHASE + name):
+                yield
+        else:
+            self._since_reset()
+            torch.cuda.reset_peak_memory_stats()
+            yield
+            self.phases[name] = self._since_reset()
+            self.left[name] = torch.cuda.memory_allocated() - self._before
+
+    def _since_reset(self) -> int:
+        peak = torch.cuda.max_memory_allocated() - self._before
+        self.peak = max(self.peak, peak)
+        return peak
+
+    def _read(self, profiled: profile) -> None:
+        events = profiled.profiler.kineto_results.events()
+        # the allocator's own record, in order: bytes taken, or given back as a negative number
+        records = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        times = [record.start_ns() for record in records]
+        held = [0, *itertools.accumulate(record.nbytes() for record in records)]
+        self.peak = max(held)
+        for event in events:
+            if event.name().startswith(PHASE):
+                name = event.name().removeprefix(PHASE)
+                first, last = bisect.bisect_left(times, event.start_ns()), bisect.bisect_right(times, event.end_ns())
+                # from what was held when it began
+                self.phases[name], self.left[name] = max(held[first : last + 1]), held[last]
+
+
 def peak_extra_bytes(call: Call, slot: Any, device: torch.device) -> int:
     """The most memory that was held at any moment of the call beyond what was held before, results included."""
     call(slot)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(slot)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with PeakMemory(device) as memory:
         result = call(slot)
     del result
-    # the allocator's own record, in order: bytes taken, or given back as a negative number
-    records = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for record in sorted(records, key=lambda e: e.start_ns()):
-        held += record.nbytes()
-        peak = max(peak, held)
-    return peak
+    return memory.peak
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of the tensors that are alive; on a CPU of those that Python knows, every storage once."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 def launches(call: Call, slot: Any, device: torch.device) -> int | None:

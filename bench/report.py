@@ -75,7 +75,6 @@ def results(
     return {
         "device": device_name(device),
         "kind": device.type,
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "l2_bytes": torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -134,7 +133,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Device time of a call in replays of a CUDA graph, inputs and outputs rotating through more than three times "
         "the L2 cache; 'host' is the wall time that handing over one call takes without a graph."
         if on_gpu
-        else f"Wall time of a call, {results['threads']} thread: the mean of four in a row after one that "
+        else "Wall time of a call on one thread: the mean of four in a row after one that "
         "is not counted. Inputs may stay in the CPU's caches from call to "
         "call, for everyone alike."
     )
@@ -154,7 +153,7 @@ def markdown(results: dict[str, Any]) -> str:
         "",
     ]
     ops = {case["op"]: case for case in results["cases"]}
-    lines += _table(
+    lines += table(
         ["operation", "read", "written", "bytes per element"],
         [
             [name, ", ".join(c["reads"]), ", ".join(c["writes"]) or "nothing", f"{c['floor_bytes_per_element']}"]
@@ -166,7 +165,7 @@ def markdown(results: dict[str, Any]) -> str:
             cases = [c for c in results["cases"] if (c["op"], c["shape"]) == (op, shape)]
             if cases:
                 headings = HEADINGS + (GPU_HEADINGS if on_gpu else [])
-                lines += ["", f"## {op}, {shape}", "", *_table(headings, [_line(c, on_gpu) for c in _in_order(cases)])]
+                lines += ["", f"## {op}, {shape}", "", *table(headings, [_line(c, on_gpu) for c in _in_order(cases)])]
     if results["skipped"]:
         lines += ["", "## Skipped", ""]
         lines += [f"- {reason}: {_summary(names)}" for reason, names in results["skipped"].items()]
@@ -211,7 +210,7 @@ def _summary(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(competitors)})" if len(names) > 4 else "; ".join(names)
 
 
-def _table(headings: list[str], lines: list[list[str]]) -> list[str]:
+def table(headings: list[str], lines: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(headings, *lines, strict=True)]
 
     def row(cells: list[str]) -> str:
@@ -298,7 +297,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     for place, op in titles:
         axes[0].text(0.3, place, op, fontsize=9, fontweight="bold", va="center")
     axes[0].set_ylim(y - 0.4, -0.15)
-    threads = f", {results['threads']} thread" if results["threads"] else ""
+    threads = "" if results["kind"] == "cuda" else ", one thread"
     figure.suptitle(
         f"{results['device']}{threads}: {results['model_output_dtype']} outputs, {results['latent_dtype']} latents, "
         f"torch {results['torch']}",
