@@ -14,9 +14,9 @@ STD = tl.constexpr(2)
 WEIGHT = tl.constexpr(3)
 NATIVE_WEIGHT = tl.constexpr(4)
 INTERVAL = tl.constexpr(5)
-COLUMNS = tl.constexpr(6)
-
-LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)
+LOG_PROB_SCALE = tl.constexpr(6)
+LOG_PROB_OFFSET = tl.constexpr(7)
+COLUMNS = tl.constexpr(8)
 
 
 @triton.jit
@@ -62,7 +62,9 @@ def affine_mean(x, m, a, b):
 
 
 @triton.jit
-def log_prob(squares_sum, std, numel, scale):
-    """log N(x'; a x + b m, s^2) from <z, z>, times `scale`; 0 for a deterministic step."""
-    log_scale = tl.log(tl.where(std > 0, std, 1.0)) + LOG_SQRT_2PI
-    return tl.where(std > 0, -scale * (0.5 * squares_sum + numel * log_scale), 0.0)
+def log_prob(squares_sum, table_ptr, step, numel, scale):
+    """log N(x'; a x + b m, s^2) from <z, z>, or what the table has in its place, times `scale`; 0 for a deterministic
+    step."""
+    half_k = 0.5 * coefficient(table_ptr, step, LOG_PROB_SCALE)
+    total = tl.fma(-half_k, squares_sum, numel * coefficient(table_ptr, step, LOG_PROB_OFFSET))
+    return tl.where(coefficient(table_ptr, step, STD) > 0, scale * total, 0.0)

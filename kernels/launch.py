@@ -7,6 +7,7 @@ The programs of a row leave partial sums, and the last of them to arrive adds th
 is. That keeps an op one launch. Arrivals are counted in integers, which atomics add exactly.
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,19 @@ class Launch(NamedTuple):
 
 TABLE = (Launch(256, 256, 1), Launch(1024, 1024, 4), Launch(65_536, 2048, 4), Launch(None, 4096, 8))
 
+# a row's partial sums, one per block, are added by one program
+LONGEST_ROW = 2**26
+
 # per device and stream, since two kernels that run at once must not count in the same place
 _tickets: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def launch(numel: int) -> tuple[dict[str, int], int]:
     """The settings for rows of this length, as a kernel takes them, and the number of programs per row."""
-    if numel >= 2**31:
-        raise ValueError(f"a row has {numel} elements; the kernels take fewer than 2**31: cut it into several rows")
+    if numel > LONGEST_ROW:
+        raise ValueError(
+            f"a row has {numel} elements, the kernels take up to {LONGEST_ROW}; cut it into rows, or use impl='torch'"
+        )
     settings = next(entry for entry in TABLE if entry.longest is None or entry.longest >= numel)
     splits = triton.cdiv(numel, settings.block)
     constants = {"SPLITS": splits, "SPLITS_BLOCK": triton.next_power_of_2(splits), "BLOCK": settings.block}
@@ -48,9 +54,18 @@ def tickets(count: int, device: torch.device) -> Tensor:
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         # a captured graph gets counters of its own: it may be replayed beside other work
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
+    stream = torch.cuda.current_stream(device)
+    key = device, stream.cuda_stream
     if key not in _tickets or len(_tickets[key]) < count:
-        _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+
+        def make() -> None:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+
+        # a memory pool that this thread allocates from, such as torch.compile's for graphs, would take them back
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
     return _tickets[key]
 
 

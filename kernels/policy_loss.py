@@ -1,10 +1,11 @@
 """Clipped policy-gradient losses and their gradient, in one launch and one pass.
 
 With e = m_new - m_old, a row needs the sum <e, z + w e/2> (and <m_new - m_ref, m_new - m_ref> for KL): its log-ratio is
--w times that, and its gradient a per-row coefficient times the direction z + w e. The direction does not need the
-sum, so each program reads its part of the row once, writes the direction and leaves its partial sums: a row that is
-split over programs needs no second read. The row's last program adds the partial sums in a fixed order and turns them
-into the row's scalars (`_objective`, the only place where the objectives differ); the last row's takes the mean.
+-k w times that, with k the table's `log_prob_scale`, and its gradient a per-row coefficient times the direction
+z + w e. The direction does not need the sum, so each program reads its part of the row once, writes the direction and
+leaves its partial sums: a row that is split over programs needs no second read. The row's last program adds the partial
+sums in a fixed order and turns them into the row's scalars (`_objective`, the only place where the objectives differ);
+the last row's takes the mean.
 
 z is read, or drawn again from its Philox key, or made from the stored states. m_new is read, or combined from the
 conditional and the unconditional output.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .affine import (
     INTERVAL,
+    LOG_PROB_SCALE,
     NATIVE_WEIGHT,
     OUTPUT_COEF,
     SAMPLE_COEF,
@@ -51,7 +53,9 @@ def _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE: tl.
         above = (advantage > 0) & (log_ratio > highest)
         below = (advantage < 0) & (log_ratio < lowest)
         clipped = above | below
-        slope = advantage * tl.exp(tl.where(above, highest, tl.where(below, lowest, log_ratio)))
+        ratio = tl.exp(tl.where(above, highest, tl.where(below, lowest, log_ratio)))
+        # a ratio that overflows times an advantage of 0 is 0; NaN stays NaN
+        slope = advantage * tl.where(ratio > 3.0e38, 3.0e38, ratio)
         loss = -slope
     return loss, tl.where(clipped, 0.0, slope), clipped
 
@@ -99,23 +103,23 @@ def _finish_row(
     if OBJECTIVE == "guard":
         weight *= coefficient(table_ptr, step, STD)
         row_scale = tl.div_rn(1.0, coefficient(table_ptr, step, INTERVAL))
-    log_ratio = -scale * weight * tl.sum(tl.load(partial_ptr, present, other=0.0, cache_modifier=".cg"))
+    ratio_scale = scale * coefficient(table_ptr, step, LOG_PROB_SCALE)
+    log_ratio = -ratio_scale * weight * tl.sum(tl.load(partial_ptr, present, other=0.0, cache_modifier=".cg"))
     tl.store(log_ratio_ptr + row, log_ratio)
     if OBJECTIVE == "log_ratio":
-        tl.store(coefficients_ptr + row, -scale * weight)
+        tl.store(coefficients_ptr + row, -ratio_scale * weight)
     else:
         advantage = tl.load(advantage_ptr + row).to(tl.float32)
         loss, slope, clipped = _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE)
         loss *= row_scale
-        gradient_scale = scale / rows
         coefficients_ptr += row * (2 if HAS_REF else 1)
-        tl.store(coefficients_ptr, gradient_scale * row_scale * slope * weight)
+        tl.store(coefficients_ptr, ratio_scale / rows * row_scale * slope * weight)
         if HAS_REF:
             away = tl.sum(tl.load(partial_ptr + 1, present, other=0.0, cache_modifier=".cg"))
             native_weight = coefficient(table_ptr, step, NATIVE_WEIGHT)
             kl = kl_weight * native_weight * native_weight
             loss += 0.5 * scale * kl * away
-            tl.store(coefficients_ptr + 1, gradient_scale * kl)
+            tl.store(coefficients_ptr + 1, scale / rows * kl)
         tl.store(row_loss_ptr + row, loss)
         tl.store(clipped_ptr + row, clipped)
         if is_last(ticket_ptr + rows, rows):

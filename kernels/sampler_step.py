@@ -63,7 +63,7 @@ def _sampler_step_kernel(
     z = tl.where(mask, (prev_x.to(tl.float32) - mean) * inverse(std), 0.0)
     if stored_noise_ptr is not None:
         tl.store(stored_noise_ptr + offset + column, z, mask)
-    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, row, std, numel, scale, SPLITS, SPLITS_BLOCK)
+    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, row, numel, scale, SPLITS, SPLITS_BLOCK)
 
 
 def sampler_step(

@@ -1,6 +1,7 @@
 """The log-probability of a sampler step whose states were kept, and its gradient, in one launch and one pass.
 
-With z = (x' - a x - b m)/s the log-probability needs the row's <z, z>, and its gradient is b/s times the direction z.
+With z = (x' - a x - b m)/s the log-probability needs the row's <z, z>, and its gradient is k b/s times the direction z,
+with k the table's `log_prob_scale`.
 Each program reads its part of the row once, writes the direction and leaves a partial sum; the row's last program adds
 the partial sums in a fixed order and writes its log-probability and coefficient.
 """
@@ -9,7 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import OUTPUT_COEF, SAMPLE_COEF, STD, affine_mean, coefficient, inverse, load, log_prob, split_of_row
+from .affine import (
+    LOG_PROB_SCALE,
+    OUTPUT_COEF,
+    SAMPLE_COEF,
+    STD,
+    affine_mean,
+    coefficient,
+    inverse,
+    load,
+    log_prob,
+    split_of_row,
+)
 from .launch import is_last, launch, tickets
 
 
@@ -36,16 +48,16 @@ def _step_log_prob_fwd_kernel(
     row, offset, _, column, mask = split_of_row(numel, SPLITS, BLOCK)
     step = tl.load(step_ptr + row * step_stride)
     a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
-    std = coefficient(table_ptr, step, STD)
+    inverse_std = inverse(coefficient(table_ptr, step, STD))
 
     m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
     x = load(sample_ptr + offset, column, mask)  # [BLOCK]
-    z = (load(prev_sample_ptr + offset, column, mask) - affine_mean(x, m, a, b)) * inverse(std)  # [BLOCK]
+    z = (load(prev_sample_ptr + offset, column, mask) - affine_mean(x, m, a, b)) * inverse_std  # [BLOCK]
     if direction_ptr is not None:
         tl.store(direction_ptr + offset + column, z.to(direction_ptr.dtype.element_ty), mask)
-    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, row, std, numel, scale, SPLITS, SPLITS_BLOCK)
+    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, row, numel, scale, SPLITS, SPLITS_BLOCK)
     if tl.program_id(0) % SPLITS == 0:
-        tl.store(coefficient_ptr + row, scale * b * inverse(std))
+        tl.store(coefficient_ptr + row, scale * coefficient(table_ptr, step, LOG_PROB_SCALE) * b * inverse_std)
 
 
 @triton.jit
@@ -54,19 +66,20 @@ def store_log_prob(
     partial_ptr,
     ticket_ptr,
     log_prob_ptr,
+    table_ptr,
+    step,
     row,
-    std,
     numel,
     scale,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
 ):
-    """Leaves this split's <z, z>; the row's last program writes log N(z; 0, s^2), times `scale`."""
+    """Leaves this split's <z, z>; the row's last program writes the log-probability, times `scale`."""
     tl.store(partial_ptr + tl.program_id(0), tl.sum(z * z))
     if is_last(ticket_ptr + row, SPLITS):
         split = tl.arange(0, SPLITS_BLOCK)  # [SPLITS_BLOCK]
         partials = tl.load(partial_ptr + row * SPLITS + split, split < SPLITS, other=0.0, cache_modifier=".cg")
-        tl.store(log_prob_ptr + row, log_prob(tl.sum(partials), std, numel, scale))
+        tl.store(log_prob_ptr + row, log_prob(tl.sum(partials), table_ptr, step, numel, scale))
 
 
 def step_log_prob(

@@ -4,16 +4,18 @@ Importing it needs torch and numpy alone; Triton, diffusers and the rest load wh
 """
 
 from .ops import PolicyLoss, SamplerStep, policy_loss, sample_noise, sampler_step, step_log_prob, step_log_ratio
-from .tables import StepTable, ddim_table
+from .tables import StepTable, ddim_table, flow_table, shifted_sigmas
 
 __all__ = [
     "PolicyLoss",
     "SamplerStep",
     "StepTable",
     "ddim_table",
+    "flow_table",
     "policy_loss",
     "sample_noise",
     "sampler_step",
+    "shifted_sigmas",
     "step_log_prob",
     "step_log_ratio",
 ]

@@ -35,6 +35,7 @@ Impl = Literal["auto", "torch", "triton"]
 Reduction = Literal["mean", "sum"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+TABLE_COLUMNS = 8
 # odd, so that distinct streams have distinct keys, and far from the small numbers that people choose as seeds
 STREAM_KEY = 0x9E3779B97F4A7C15
 
@@ -92,10 +93,10 @@ def sampler_step(
 
     Returns:
         prev_sample: x' in the dtype of `sample`, rounded once.
-        model_output: the m that was used, in the dtype of `model_output`.
+        model_output: the m that was used, in the dtype of `model_output`: without guidance that tensor, not a copy.
         noise: float32 (rows, ...) z = (x' - a x - b m)/s of the x' that is stored, or None.
         log_prob: float32 (rows,) log N(x'; a x + b m, s^2), a mean over elements, of the x' that is stored (Black et
-            al., arXiv 2305.13301, equation 4 for the policy).
+            al., arXiv 2305.13301, equation 4 for the policy); of a table that is not `normalized`, -(x' - a x - b m)^2.
 
     Raises:
         ValueError: for shapes, dtypes, devices or a step that do not fit, or unless one of `noise` and `seed` is given.
@@ -140,6 +141,7 @@ def step_log_prob(
 ) -> Tensor:
     """log N(x'; a x + b m, s^2) of each row, differentiable (once) in `model_output` and in nothing else.
 
+    Of a table that is not `normalized` it is -(x' - a x - b m)^2, without 1/(2 s^2) and constants.
     For trainers that keep states. Subtracting two of these loses almost all digits of a log-ratio; `policy_loss` loses
     none.
 
@@ -250,6 +252,8 @@ def policy_loss(
     - "guard": the same with log rho = -s w <e, z>, divided by the step's interval h: GRPO-Guard (Wang et al., arXiv
       2510.22319).
 
+    A table that is not `normalized` has 2 s^2 times these log-ratios.
+
     All plus kl_weight times KL(new || ref) = w^2 <m_new - m_ref, m_new - m_ref>/2 with the sampler's own w = -b/s.
 
     z is `noise`; or, without it, drawn again from `seed` and `sample_index`; or made from the stored states, as
@@ -269,7 +273,7 @@ def policy_loss(
         sample, prev_sample: (rows, ...) the stored x and x'.
         uncond_output, guidance_scale: m_new is combined and rounded as in `sampler_step`, whose combination m_old must
             come from for the first log-ratio to be 0.
-        ref_model_output: (rows, ...) m_ref, needed if `kl_weight` is not 0.
+        ref_model_output: (rows, ...) m_ref, needed if `kl_weight` is not 0; made under no_grad, not inference_mode.
         kl_weight: weight of the KL term.
 
     Returns:
@@ -402,6 +406,12 @@ def _check_indices(name: str, tensor: Tensor, like: Tensor) -> None:
 def _check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> Tensor:
     """One step index per row."""
     _check_device("table", table.rows, model_output)
+    if table.rows.dtype != torch.float32:
+        raise ValueError(f"table.rows has dtype {table.rows.dtype}; convert it with .float(), as StepTable has it")
+    if table.rows.shape[1] != TABLE_COLUMNS:
+        raise ValueError(
+            f"table.rows has shape {tuple(table.rows.shape)}; give (T, {TABLE_COLUMNS}), as StepTable has it"
+        )
     if isinstance(step, Tensor):
         _check_indices("step", step, model_output)
         return step

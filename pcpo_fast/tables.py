@@ -26,12 +26,30 @@ Re-solving the variance. (c1 - sqrt(b0^2 - s^2)) / s = w* has the roots
 
 The smallest credit that a step can have is sqrt(c1^2 / b0^2 - 1), and eta = 1 attains it. A step where that exceeds w*
 has no root: it keeps eta = 1, and only the loss can be reweighted there.
+
+Flow models predict the velocity v = epsilon - x0 on x = (1 - t) x0 + t epsilon (rectified flow), and credit is
+compared on v itself. Symbols of Flow-GRPO (Liu et al., arXiv 2505.05470), DanceGRPO (Xue et al., arXiv 2505.07818) and
+FlowCPS (Wang and Yu, arXiv 2509.05952):
+
+    t, t'         two neighbouring `sigmas`, the share of noise before and after the step
+    h             `interval`, t - t'
+    g             the diffusion coefficient: noise_level sqrt(t / (1 - t)) for "flow", noise_level for "dance"
+    a, b, s       1 - g^2 h / (2t), -(1 + g^2 (1 - t) / (2t)) h and g sqrt(h) for both of them
+    c             t' cos(pi noise_level / 2) for "cps", with a = 1 - t' + c, b = c (1 - t) - (1 - t') t and
+                  s = t' sin(pi noise_level / 2)
+    zeta          `target_weight`, the credit per unit of t wanted at every step
+
+The ends. At t = 1 the g of "flow" has no value, and its denominator takes the next t: g = noise_level
+sqrt(1 / (1 - t')). The last step, t' = 0, is the step of the ODE, a = 1, b = -h and s = 0, as in the published code:
+noise drawn there would stay in the result. "cps" has that by itself.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -40,8 +58,13 @@ from torch import Tensor
 Credit = Literal["native", "uniform", "variance", "proportionate", "published"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
+FlowCredit = Literal["native", "proportionate"]
+FlowSDE = Literal["flow", "dance", "cps"]
+
 CREDITS = ("native", "uniform", "variance", "proportionate", "published")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FLOW_CREDITS = ("native", "proportionate")
+FLOW_SDES = ("flow", "dance", "cps")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,20 +72,25 @@ class StepTable:
     """A sampler as a table of T steps, in the order in which they are taken. All tensors have shape (T,).
 
     Attributes:
-        timesteps: int64, what the model is told at each step.
+        timesteps: what the model is told at each step: int64 for diffusion, float32 for flow.
         sample_coef: float64, a in x' = a x + b m + s z.
         output_coef: float64, b.
         std: float64, s. A step with s = 0 is deterministic: it is sampled and never trained.
         native_weight: float64, -b / s, and 0 where s = 0: the sampler's own credit on the model output.
         weight: float64, what the loss uses in its place; equal to it unless `reweighted`.
         interval: float64, h: the share of the trajectory that the step covers; sums to 1.
-        epsilon_scale: float64, d(epsilon) / d(model output).
+        epsilon_scale: float64, d(epsilon) / d(model output); 1 for flow, whose credit is compared on the velocity.
         resolved: bool, the steps whose variance was re-solved for `target_weight`.
         reweighted: bool, the steps where `weight` differs from `native_weight` by decree.
         credit: the scheme that made the table.
-        target_weight: w* on the epsilon-equivalent output, or None for native credit.
-        rows: float32 (T, 6), contiguous: [sample_coef, output_coef, std, weight, native_weight, interval],
-            what the ops and the kernels read.
+        target_weight: w* on the epsilon-equivalent output, zeta for flow, or None for native credit.
+        normalized: whether the log-probability is the Gaussian's, or -(x' - a x - b m)^2 without 1/(2 s^2) and
+            constants, as FlowCPS has it.
+        log_prob_scale: float64, k of an element's log-probability, log_prob_offset - k z^2 / 2: 1, or 2 s^2 if not
+            `normalized`. The log-ratio and its gradient carry it too.
+        log_prob_offset: float64, -(log s + log(2 pi) / 2); 0 if not `normalized`, and where s = 0.
+        rows: float32 (T, 8), contiguous: [sample_coef, output_coef, std, weight, native_weight, interval,
+            log_prob_scale, log_prob_offset], what the ops and the kernels read.
     """
 
     timesteps: Tensor
@@ -77,11 +105,21 @@ class StepTable:
     reweighted: Tensor
     credit: str
     target_weight: float | None
+    normalized: bool = True
+    log_prob_scale: Tensor = dataclasses.field(init=False)
+    log_prob_offset: Tensor = dataclasses.field(init=False)
     rows: Tensor = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.normalized:
+            scale = torch.ones_like(self.std)
+            offset = torch.where(self.std > 0, -self.std.log() - math.log(2 * math.pi) / 2, 0.0)
+        else:
+            scale, offset = 2 * self.std**2, torch.zeros_like(self.std)
         columns = (self.sample_coef, self.output_coef, self.std, self.weight, self.native_weight, self.interval)
-        object.__setattr__(self, "rows", torch.stack(columns, dim=1).to(torch.float32).contiguous())
+        rows = torch.stack((*columns, scale, offset), dim=1).to(torch.float32).contiguous()
+        for name, value in {"log_prob_scale": scale, "log_prob_offset": offset, "rows": rows}.items():
+            object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         return self.timesteps.numel()
@@ -119,6 +157,7 @@ class _DDIMTable:
         final_alpha_cumprod: float | None = None,
         credit: Credit = "native",
         target_weight: float | None = None,
+        window: tuple[int, int] | None = None,
     ) -> StepTable:
         """Table of the stochastic DDIM sampler (Song et al., arXiv 2010.02502, equation 12).
 
@@ -136,14 +175,16 @@ class _DDIMTable:
                 code takes, for reproducing its runs.
             target_weight: w* > 0 on the epsilon-equivalent output; None means the mean native weight (for "published"
                 the mean of (c1 + d) / s, which is what the published code averages).
+            window: (start, stop): only the steps start <= i < stop are stochastic and trained, with the variance and
+                the credit that they have without a window; the others have eta = 0. None means every step.
 
         Returns:
             StepTable of T steps, on the CPU.
 
         Raises:
-            ValueError: for values outside those ranges, for a variance that exceeds 1 - ap, for a
-                `target_weight` that no step can reach (it names the smallest feasible ones), and for credit on
-                an output that carries no epsilon (zero terminal SNR).
+            ValueError: for values outside those ranges, for a variance that exceeds 1 - ap, for a window that does not
+                lie in the table, for a `target_weight` that no step can reach (it names the smallest feasible ones),
+                and for credit on an output that carries no epsilon (zero terminal SNR).
         """
         alphas, steps = _checked_schedule(alphas_cumprod, timesteps)
         if credit not in CREDITS:
@@ -201,7 +242,7 @@ class _DDIMTable:
         if target is not None and credit in ("uniform", "proportionate"):
             # re-solved steps reach w* up to rounding; w* itself makes the credit exactly constant
             weight, reweighted = torch.where(trainable, target * scale, 0.0), trainable & ~resolved
-        return StepTable(
+        table = StepTable(
             timesteps=steps,
             sample_coef=sample_coef,
             output_coef=output_coef,
@@ -215,6 +256,10 @@ class _DDIMTable:
             credit=credit,
             target_weight=target,
         )
+        if window is None:
+            return table
+        settings: dict[str, Any] = {"prediction_type": prediction_type, "final_alpha_cumprod": final}
+        return _windowed(table, self(alphas, steps, eta=0.0, **settings), window)
 
     @staticmethod
     def from_scheduler(
@@ -224,6 +269,7 @@ class _DDIMTable:
         eta: float = 1.0,
         credit: Credit = "native",
         target_weight: float | None = None,
+        window: tuple[int, int] | None = None,
     ) -> StepTable:
         """Table of the DDIM sampler on a diffusers scheduler's schedule.
 
@@ -234,7 +280,7 @@ class _DDIMTable:
         Args:
             scheduler: a diffusers DDIMScheduler, DDPMScheduler, PNDMScheduler or EulerDiscreteScheduler.
             num_inference_steps: T.
-            eta, credit, target_weight: as in `ddim_table`.
+            eta, credit, target_weight, window: as in `ddim_table`.
 
         Raises:
             ValueError: for another scheduler class, for settings under which a step is not affine in the model
@@ -278,10 +324,239 @@ class _DDIMTable:
             final_alpha_cumprod=_FINAL_ALPHA[name](scheduler),
             credit=credit,
             target_weight=target_weight,
+            window=window,
         )
 
 
 ddim_table = _DDIMTable()
+
+
+class _FlowTable:
+    """Builds the table of a sampler of a flow model; see `__call__` and `from_scheduler`."""
+
+    def __call__(
+        self,
+        sigmas: Tensor | Sequence[float],
+        *,
+        sde: FlowSDE = "flow",
+        noise_level: float,
+        credit: FlowCredit = "native",
+        target_weight: float | None = None,
+        window: tuple[int, int] | None = None,
+        normalized: bool = True,
+        num_train_timesteps: int = 1000,
+    ) -> StepTable:
+        """Table of a stochastic sampler of a model that predicts the velocity v = epsilon - x0.
+
+        The last step is the ODE's, a = 1, b = -h, s = 0: it is sampled and never trained.
+
+        Args:
+            sigmas: (T + 1,) the share of noise t before each step and after the last, strictly decreasing from exactly
+                1 to exactly 0; see `shifted_sigmas`.
+            sde: "flow": Flow-GRPO (arXiv 2505.05470), g = noise_level sqrt(t / (1 - t)), with 1 - t' for 1 - t at
+                t = 1. "dance": DanceGRPO (arXiv 2505.07818), g = noise_level. "cps": FlowCPS (arXiv 2509.05952),
+                s = t' sin(pi noise_level / 2), with the marginals of the flow at any number of steps.
+            noise_level: 0 is the ODE; at most 1 for "cps".
+            credit: how the steps share the credit (Lee and Ye, arXiv 2509.25774). "native": as the sampler has it.
+                "proportionate": the loss uses zeta h, with the std untouched.
+            target_weight: zeta > 0, the credit per unit of t. None keeps the sampler's total: the sum of its weights
+                -b / s, where the last row of "flow" and "dance" counts as if it still drew its noise g sqrt(h), so
+                that the h of the sum add up to 1. The last row of "cps" has no noise at all, and zeta is there the
+                sum of the other weights over the sum of their h.
+            window: (start, stop): only the steps start <= i < stop are stochastic and trained, with the std and the
+                credit that they have without a window; the others take the step of the ODE. None means every step.
+            normalized: False takes -(x' - a x - b m)^2 as an element's log-probability, as FlowCPS's authors do: the
+                log-ratio is then 2 s^2 times the Gaussian's, and so is its gradient.
+            num_train_timesteps: N; the model is told N t.
+
+        Returns:
+            StepTable of T steps, on the CPU.
+
+        Raises:
+            ValueError: for values outside those ranges, for a window that does not lie in the table, for a
+                `target_weight` with native credit, and for proportionate credit without any noise.
+        """
+        levels = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
+        if levels.ndim != 1 or levels.numel() < 2:
+            raise ValueError(f"sigmas must have shape (T + 1,) with T >= 1; given shape {tuple(levels.shape)}")
+        if not _falls_from_one_to_zero(levels):
+            raise ValueError(
+                f"sigmas must decrease strictly from exactly 1 to exactly 0; given {_in_short(levels)}. "
+                "shifted_sigmas makes such a list"
+            )
+        if sde not in FLOW_SDES:
+            raise ValueError(f"sde={sde!r} is not known; choose one of {', '.join(FLOW_SDES)}")
+        if credit not in FLOW_CREDITS:
+            raise ValueError(
+                f"credit={credit!r} is not known for flow, whose std is never re-solved; choose one of "
+                f"{', '.join(FLOW_CREDITS)}"
+            )
+        if not (math.isfinite(noise_level) and noise_level >= 0):
+            raise ValueError(
+                f"noise_level={noise_level} is not a noise level; give a finite number >= 0 (0.7 is the usual choice "
+                "for 'flow', 0.3 for 'dance')"
+            )
+        if sde == "cps" and noise_level > 1:
+            raise ValueError(
+                f"noise_level={noise_level} is too much for sde='cps': at 1 all noise of x' is new, and past it "
+                "cos(pi noise_level / 2) turns the predicted noise around; give a number in [0, 1]"
+            )
+        if target_weight is not None and credit == "native":
+            raise ValueError(
+                f"target_weight={target_weight} has no meaning with credit='native'; leave it out or choose "
+                "credit='proportionate'"
+            )
+        if target_weight is not None and not (math.isfinite(target_weight) and target_weight > 0):
+            raise ValueError(f"target_weight={target_weight} is not a credit; give a finite number > 0")
+        if not num_train_timesteps > 0:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps} must be positive; 1000 is the usual choice")
+
+        t, t_next = levels[:-1], levels[1:]
+        interval = t - t_next
+        sample_coef, output_coef, std = _flow_coefs(t, t_next, sde, noise_level)
+        # the last row with its noise, where it has any
+        counted = std > 0
+        full_weight = torch.where(counted, -output_coef / std, 0.0)
+        sample_coef[-1], output_coef[-1], std[-1] = 1.0, -interval[-1], 0.0
+        trainable = std > 0
+        native_weight = torch.where(trainable, full_weight, 0.0)
+
+        weight, target = native_weight, None
+        if credit == "proportionate":
+            if not bool(trainable.any()):
+                raise ValueError(
+                    f"credit={credit!r} needs a stochastic sampler, but every std is 0; use noise_level > 0 and at "
+                    "least 2 steps"
+                )
+            target = float(full_weight.sum() / interval[counted].sum()) if target_weight is None else target_weight
+            weight = torch.where(trainable, target * interval, 0.0)
+        table = StepTable(
+            timesteps=(t * num_train_timesteps).to(torch.float32),
+            sample_coef=sample_coef,
+            output_coef=output_coef,
+            std=std,
+            native_weight=native_weight,
+            weight=weight,
+            interval=interval,
+            epsilon_scale=torch.ones_like(std),
+            resolved=torch.zeros_like(trainable),
+            reweighted=trainable if credit == "proportionate" else torch.zeros_like(trainable),
+            credit=credit,
+            target_weight=target,
+            normalized=normalized,
+        )
+        if window is None:
+            return table
+        ode = self(levels, sde=sde, noise_level=0.0, num_train_timesteps=num_train_timesteps)
+        return _windowed(table, ode, window)
+
+    @staticmethod
+    def from_scheduler(
+        scheduler: Any,
+        num_inference_steps: int,
+        *,
+        sigmas: Tensor | Sequence[float] | None = None,
+        image_seq_len: int | None = None,
+        sde: FlowSDE = "flow",
+        noise_level: float,
+        credit: FlowCredit = "native",
+        target_weight: float | None = None,
+        window: tuple[int, int] | None = None,
+        normalized: bool = True,
+    ) -> StepTable:
+        """Table of a flow sampler on a diffusers scheduler's sigmas and timesteps, exactly as it has them.
+
+        The shift, static or by image size, and Karras, exponential or beta sigmas are the scheduler's own. It is left
+        as it was given. Only its list is used: its `stochastic_sampling` says nothing here.
+
+        Args:
+            scheduler: a diffusers FlowMatchEulerDiscreteScheduler.
+            num_inference_steps: T.
+            sigmas: (T,) the list that the pipeline hands to `set_timesteps`, before the shift and without the final 0:
+                linspace(1, 1/T, T) for FLUX. None is the scheduler's own, as in StableDiffusion3Pipeline.
+            image_seq_len: tokens of an image, (height/16) (width/16) for FLUX: what the shift is computed from where
+                the scheduler has `use_dynamic_shifting`, as the pipelines' `calculate_shift` does; else not used.
+            sde, noise_level, credit, target_weight, window, normalized: as in `flow_table`.
+
+        Raises:
+            ValueError: as `flow_table`, for another scheduler class, for a number of steps below 1 or other than that
+                of `sigmas`, for dynamic shifting without `image_seq_len`, and for settings whose sigmas do not fall
+                from 1 to 0, such as `invert_sigmas`; each names the setting to change.
+        """
+        name, config = type(scheduler).__name__, scheduler.config
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(
+                f"{name} is not a flow scheduler that can be read; accepted is FlowMatchEulerDiscreteScheduler. "
+                "Convert it with FlowMatchEulerDiscreteScheduler.from_config(scheduler.config) if it shares the flow, "
+                "or give its sigmas to flow_table"
+            )
+        if config.get("invert_sigmas", False):
+            raise ValueError(
+                f"{name} has invert_sigmas=True, under which the sigmas rise from 0 to 1; build it with "
+                f"{name}.from_config(scheduler.config, invert_sigmas=False)"
+            )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+        given = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
+        if given is not None and given.shape != (num_inference_steps,):
+            raise ValueError(
+                f"sigmas has shape {tuple(given.shape)} and num_inference_steps is {num_inference_steps}; give one "
+                "per step, without the final 0, such as linspace(1, 1 / T, T)"
+            )
+        shift = {}
+        if config.get("use_dynamic_shifting", False):
+            if image_seq_len is None:
+                raise ValueError(
+                    f"{name} has use_dynamic_shifting=True, and its shift depends on the size of the image; give "
+                    "image_seq_len, or build it with use_dynamic_shifting=False"
+                )
+            shift["mu"] = _dynamic_shift(config, image_seq_len)
+        own = copy.deepcopy(scheduler)
+        own.set_timesteps(num_inference_steps, sigmas=None if given is None else given.tolist(), **shift)
+        if not _falls_from_one_to_zero(own.sigmas):
+            raise ValueError(
+                f"{name} with these settings has sigmas {_in_short(own.sigmas)}, and they must decrease strictly from "
+                "1 to 0; change num_inference_steps or sigmas, or shift, shift_terminal or use_..._sigmas in its config"
+            )
+        table = flow_table(
+            own.sigmas,
+            sde=sde,
+            noise_level=noise_level,
+            credit=credit,
+            target_weight=target_weight,
+            window=window,
+            normalized=normalized,
+        )
+        return dataclasses.replace(table, timesteps=own.timesteps.detach().to("cpu", torch.float32))
+
+
+flow_table = _FlowTable()
+
+
+def shifted_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
+    """Equally spaced noise levels from 1 to 0, shifted towards 1: shift s / (1 + (shift - 1) s) (Esser et al., arXiv
+    2403.03206, equation 23).
+
+    Args:
+        num_inference_steps: T.
+        shift: 1 leaves them equally spaced; 3 is the usual choice for images of 1024 pixels.
+
+    Returns:
+        float64 (T + 1,), strictly decreasing from exactly 1 to exactly 0.
+
+    Raises:
+        ValueError: for fewer than 1 step and for a shift that is not positive and finite.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift={shift} is not a shift; give a finite number > 0 (1 changes nothing)")
+    s = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
+    sigmas = shift * s / (1 + (shift - 1) * s)
+    # shift / (1 + (shift - 1)) may round
+    sigmas[0] = 1.0
+    return sigmas
+
 
 # the cumulative alpha that each scheduler itself uses after its last timestep
 _FINAL_ALPHA = {
@@ -303,6 +578,57 @@ _AFFINE_SETTINGS = {
     "use_beta_sigmas": False,
     "timestep_type": "discrete",
 }
+
+
+def _windowed(table: StepTable, ode: StepTable, window: tuple[int, int]) -> StepTable:
+    """The rows of `table` for the steps start <= i < stop, and of `ode`, its deterministic twin, for the others."""
+    start, stop = window
+    if not 0 <= start <= stop <= len(table):
+        raise ValueError(
+            f"window={tuple(window)} does not lie in the table; give (start, stop) with 0 <= start <= stop <= "
+            f"{len(table)}"
+        )
+    step = torch.arange(len(table))
+    inside = (start <= step) & (step < stop)
+    columns = {
+        field.name: torch.where(inside, getattr(table, field.name), getattr(ode, field.name))
+        for field in dataclasses.fields(table)
+        if field.init and isinstance(getattr(table, field.name), Tensor)
+    }
+    return dataclasses.replace(table, **columns)
+
+
+def _falls_from_one_to_zero(levels: Tensor) -> bool:
+    return bool((levels[0] == 1) & (levels[-1] == 0) & (levels.diff() < 0).all())
+
+
+def _in_short(levels: Tensor) -> str:
+    """A list of numbers for a message: its first and last few."""
+    numbers = [f"{number:.6g}" for number in levels.tolist()]
+    return f"[{', '.join(numbers if len(numbers) <= 6 else [*numbers[:3], '...', *numbers[-3:]])}]"
+
+
+def _flow_coefs(t: Tensor, t_next: Tensor, sde: str, noise_level: float) -> tuple[Tensor, Tensor, Tensor]:
+    """a, b, s of every row, the last one with its noise."""
+    h = t - t_next
+    if sde == "cps":
+        angle = noise_level * math.pi / 2
+        # t' - c: without noise exactly 0, so that the row is exactly the ODE's
+        removed = 2 * math.sin(angle / 2) ** 2 * t_next
+        return 1 - removed, -h - removed * (1 - t), math.sin(angle) * t_next
+    g = torch.full_like(t, noise_level)
+    if sde == "flow":
+        g = g * torch.sqrt(t / torch.where(t < 1, 1 - t, 1 - t_next))
+    half = g**2 * h / (2 * t)
+    return 1 - half, -h - half * (1 - t), g * torch.sqrt(h)
+
+
+def _dynamic_shift(config: Any, image_seq_len: int) -> float:
+    """mu for an image of this many tokens: `calculate_shift` of the diffusers pipelines."""
+    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (most - base) / (longest - shortest)
+    return image_seq_len * slope + base - slope * shortest
 
 
 def _checked_schedule(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

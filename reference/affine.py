@@ -17,7 +17,6 @@ from torch import Tensor
 
 CHUNK = 16_384
 TILE_CHUNKS_PER_THREAD = 8
-LOG_SQRT_2PI = 0.9189385332046727
 
 
 class Coefficients:
@@ -58,11 +57,21 @@ class Coefficients:
     def interval(self) -> Tensor:
         return self.rows[:, 5:6]
 
+    @property
+    def log_prob_scale(self) -> Tensor:
+        """k."""
+        return self.rows[:, 6:7]
 
-def gaussian_log_prob(sum_of_squares: Tensor, std: Tensor, numel: int, reduction: str) -> Tensor:
-    """log N(x'; a x + b m, s^2) of each row from its <z, z>, in float64; 0 for a deterministic step."""
-    std = std.squeeze(1).double()
-    log_prob = std.log().add_(LOG_SQRT_2PI).mul_(-numel).sub_(sum_of_squares, alpha=0.5)
+    @property
+    def log_prob_offset(self) -> Tensor:
+        return self.rows[:, 7:8]
+
+
+def gaussian_log_prob(sum_of_squares: Tensor, coef: Coefficients, numel: int, reduction: str) -> Tensor:
+    """log N(x'; a x + b m, s^2) of each row from its <z, z>, or what the table has in its place, in float64; 0 for a
+    deterministic step."""
+    std, k, offset = (column.squeeze(1).double() for column in (coef.std, coef.log_prob_scale, coef.log_prob_offset))
+    log_prob = torch.addcmul(offset * numel, k, sum_of_squares, value=-0.5)
     return log_prob.mul_(reduction_scale(numel, reduction)).masked_fill_(std == 0, 0.0)
 
 

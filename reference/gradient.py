@@ -22,7 +22,11 @@ def gradient(
     # (rows, 1, ...) tensors, which take part in type promotion where a scalar would be rounded to half precision
     per_row = (-1, *[1] * (direction.dim() - 1))
     factors = coefficients * (grad_output[:, None] if grad_output.dim() else grad_output)
-    gradient = direction * factors[:, :1].view(per_row)
+    factor = factors[:, :1].view(per_row)
+    gradient = direction * factor
+    if direction.dtype == torch.float16:
+        # a direction that overflowed does not reach a row without gradient
+        gradient.masked_fill_(factor == 0, 0.0)
     if ref_model_output is not None:
         new = model_output
         if uncond_output is not None:

@@ -13,6 +13,9 @@ order 1 and safe in half precision.
 
 GRPO-Guard (Wang et al., arXiv 2510.22319) takes the mean's shift out of the log-ratio and the step's scale into it,
 log rho = -s w <e, z>, and divides the loss by the step's interval: then the direction is z.
+
+A table whose log-probability is not normalised, -(x' - a x - b m)^2, has k = 2 s^2 times these log-ratios, its
+`log_prob_scale`, and gradients to match.
 """
 
 import torch
@@ -48,6 +51,7 @@ def policy_loss_oracle(
     reduction: str = "mean",
     ref_model_output: Tensor | None = None,
     kl_weight: float = 0.0,
+    normalized: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
@@ -57,12 +61,19 @@ def policy_loss_oracle(
     reduce = torch.mean if reduction == "mean" else torch.sum
 
     whitened = z - weight * old
-    new_log_prob = reduce(Normal(-weight * new, 1.0).log_prob(whitened), dim=1)
-    old_log_prob = reduce(Normal(-weight * old, 1.0).log_prob(whitened), dim=1)
-    log_ratio = new_log_prob - old_log_prob
+
+    def log_prob(m: Tensor) -> Tensor:
+        if normalized:
+            return reduce(Normal(-weight * m, 1.0).log_prob(whitened), dim=1)
+        # x' - a x - b m is s times the whitened distance
+        return -reduce((coef.std * (whitened + weight * m)).square(), dim=1)
+
+    log_ratio = log_prob(new) - log_prob(old)
     if objective == "guard":
         # the shift of the mean's own part of the log-ratio taken out, and the step's scale
-        log_ratio = coef.std.squeeze(1) * (log_ratio + reduce((weight * (new - old)).square(), dim=1) / 2)
+        shift = weight * (new - old)
+        own_part = shift.square() / 2 if normalized else (coef.std * shift).square()
+        log_ratio = coef.std.squeeze(1) * (log_ratio + reduce(own_part, dim=1))
     if objective == "pcpo":
         loss = torch.clamp(clip_range * advantages.abs() - advantages * log_ratio, min=0)
         clipped = advantages.sign() * log_ratio >= clip_range
@@ -90,7 +101,8 @@ def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tens
 
 def ppo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)): loss, its derivative by L = -log rho, clipped."""
-    ratio = log_ratio.exp()
+    # a ratio that overflows times an advantage of 0 is 0
+    ratio = log_ratio.exp().clamp_(max=torch.finfo(log_ratio.dtype).max)
     surrogate, bounded = advantages * ratio, advantages * ratio.clamp_(1 - clip_range, 1 + clip_range)
     clipped = bounded < surrogate
     return torch.minimum(surrogate, bounded).neg_(), surrogate.masked_fill_(clipped, 0.0), clipped
@@ -127,7 +139,7 @@ def policy_loss(
         *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, objective, with_gradient),
     )
     dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
-    weight = coef.weight.squeeze(1)
+    weight = (coef.weight * coef.log_prob_scale).squeeze(1)
     if objective == "guard":
         weight = weight * coef.std.squeeze(1)
     log_ratio = (ez * weight).mul_(-scale)
@@ -162,7 +174,8 @@ def step_log_ratio(
         *(noise, seed, sample_index, sample, prev_sample, table, step, None, "log_ratio", with_gradient),
     )
     dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
-    return (ez * coef.weight.squeeze(1)).mul_(-scale).to(dtype), direction, -scale * coef.weight
+    weight = coef.weight * coef.log_prob_scale
+    return (ez * weight.squeeze(1)).mul_(-scale).to(dtype), direction, -scale * weight
 
 
 def _pass(

@@ -33,8 +33,10 @@ def sampler_step_oracle(
     *,
     uncond_output: Tensor | None = None,
     guidance_scale: float = 1.0,
+    normalized: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x', the guided output and the log-probability of x' in float64, nothing rounded."""
+    """x', the guided output and the log-probability of x' in float64, nothing rounded. Not normalised, the
+    log-probability is -(x' - a x - b m)^2."""
     m, x, z = (t.double().flatten(1) for t in (model_output, sample, noise))
     if uncond_output is not None:
         uncond = uncond_output.double().flatten(1)
@@ -44,7 +46,8 @@ def sampler_step_oracle(
     random = s > 0
     policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     prev_sample = torch.where(random, policy.mean + policy.stddev * z, policy.mean)
-    log_prob = torch.where(random, policy.log_prob(prev_sample), 0.0).mean(dim=1)
+    log_prob = policy.log_prob(prev_sample) if normalized else -(prev_sample - policy.mean).square()
+    log_prob = torch.where(random, log_prob, 0.0).mean(dim=1)
     return prev_sample.view_as(sample), m.view_as(sample), log_prob
 
 
@@ -91,5 +94,5 @@ def sampler_step(
         z = torch.mul(difference, inverse_std, out=difference if z_stored is None else z_stored)
         squares.append(chunk_sums(torch.mul(z, z, out=difference)))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, "mean")
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef, numel, "mean")
     return prev_sample, guided, stored_noise, log_prob.to(dtype)

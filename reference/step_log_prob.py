@@ -1,7 +1,8 @@
 """The log-probability of a sampler step whose states were kept, and its gradient.
 
-With z = (x' - a x - b m)/s, log p(x' | x) = -<z, z>/2 - numel (log s + log(2 pi)/2), divided by numel for 'mean'. Its
-gradient with respect to m is (b/s) z: a per-row coefficient times a direction.
+With z = (x' - a x - b m)/s, log p(x' | x) = -k <z, z>/2 + numel offset, divided by numel for 'mean', where k = 1 and
+offset = -(log s + log(2 pi)/2) for the Gaussian. Its gradient with respect to m is (k b/s) z: a per-row coefficient
+times a direction.
 """
 
 import torch
@@ -23,14 +24,23 @@ from .affine import (
 
 
 def step_log_prob_oracle(
-    model_output: Tensor, sample: Tensor, prev_sample: Tensor, table: Tensor, step: Tensor, *, reduction: str = "mean"
+    model_output: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    reduction: str = "mean",
+    normalized: bool = True,
 ) -> Tensor:
-    """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step."""
+    """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step. Not normalised, it is
+    -(x' - a x - b m)^2."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
     coef = Coefficients(table, step, torch.float64)
     a, b, s = coef.sample, coef.output, coef.std
     random = s > 0
-    log_prob = Normal(a * x + b * m, torch.where(random, s, 1.0)).log_prob(x_prev)
+    policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
+    log_prob = policy.log_prob(x_prev) if normalized else -(x_prev - policy.mean).square()
     log_prob = torch.where(random, log_prob, 0.0)
     return log_prob.mean(dim=1) if reduction == "mean" else log_prob.sum(dim=1)
 
@@ -63,5 +73,6 @@ def step_log_prob(
             target.copy_(z)
         squares.append(chunk_sums(z.square_()))
 
-    log_prob = gaussian_log_prob(row_sums(squares, rows), coef.std, numel, reduction)
-    return log_prob.to(dtype), direction, reduction_scale(numel, reduction) * b * inverse_std
+    log_prob = gaussian_log_prob(row_sums(squares, rows), coef, numel, reduction)
+    coefficient = reduction_scale(numel, reduction) * coef.log_prob_scale * b * inverse_std
+    return log_prob.to(dtype), direction, coefficient

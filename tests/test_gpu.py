@@ -100,10 +100,32 @@ def test_a_captured_graph_follows_its_inputs(inputs, table):
 
 
 def test_counters_are_left_at_zero(inputs, table):
-    from pcpo_fast.kernels.launch import tickets
+    from pcpo_fast.kernels.launch import _tickets
 
-    run_all(inputs, table)
-    assert not tickets(7, torch.device("cuda", torch.cuda.current_device())).any()
+    # more rows than the first counters are for, then few again
+    many = torch.randn((5000, 8), device="cuda")
+    for _ in range(2):
+        run_all(inputs, table)
+        once = ops.step_log_prob(many, many, many, table, 3)
+        assert torch.equal(once, ops.step_log_prob(many, many, many, table, 3))
+    assert _tickets and not any(counters.any() for counters in _tickets.values())
+
+
+def test_compiled_into_graphs(inputs, table):
+    """torch.compile's own CUDA graphs: two functions that share the counters, over several calls."""
+    cond, uncond, x, _, step, key, advantages = inputs
+
+    def sample(m):
+        return ops.sampler_step(m, x, table, step, uncond_output=uncond, guidance_scale=5.0, **key).log_prob
+
+    def loss(m):
+        return ops.policy_loss(m, cond, x, table, step, advantages).loss
+
+    for function in (sample, loss):
+        want = function(uncond)
+        compiled = torch.compile(function, mode="reduce-overhead")
+        for _ in range(4):
+            assert torch.equal(compiled(uncond), want)
 
 
 def test_streams_do_not_disturb_each_other(inputs, table):

@@ -99,7 +99,7 @@ import torch
 from types import SimpleNamespace
 from pcpo_fast import ops
 
-table = SimpleNamespace(rows=torch.tensor([[0.9, -0.3, 0.5, 0.6, 0.6, 1.0]]))
+table = SimpleNamespace(rows=torch.tensor([[0.9, -0.3, 0.5, 0.6, 0.6, 1.0, 1.0, -0.2]]))
 x = torch.randn(2, 8)
 out = ops.sampler_step(x, x, table, 0, seed=1)
 m = x.clone().requires_grad_()
@@ -132,7 +132,7 @@ from types import SimpleNamespace
 from pcpo_fast import ops
 
 try:
-    ops.sample_noise((1, 4), SimpleNamespace(rows=torch.zeros(1, 6)), 0, seed=1, impl="triton")
+    ops.sample_noise((1, 4), SimpleNamespace(rows=torch.zeros(1, 8)), 0, seed=1, impl="triton")
 except RuntimeError as error:
     print(error)
 """

@@ -99,6 +99,42 @@ def test_matches_float64_autograd(objective, reduction, kl_weight, dtypes, shape
     assert ((gradient.double() - want_gradient).flatten(1).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 8, 8), (3, 9001)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_unnormalized_matches_float64_autograd(
+    objective, reduction, shape, table, unnormalized_table, impl, device, poisoned
+):
+    """2 s^2 times the log-ratio and its gradient; the KL term is that of the Gaussians."""
+    inputs = make_inputs(shape, device)
+    settings = {"objective": objective, "reduction": reduction, "clip_range": 1e9, "kl_weight": 0.3}
+    loss, log_ratio, clipped, gradient = run(inputs, unnormalized_table, impl, **settings)
+    want_loss, want_log_ratio, want_clipped, want_gradient = run_oracle(inputs, table, normalized=False, **settings)
+    assert torch.equal(clipped, want_clipped)
+    new, old, noise, step, advantages, ref = (t.double() if t.is_floating_point() else t for t in inputs)
+    s, w, w_native, h = (table.rows[step, column].double() for column in (2, 3, 4, 5))
+    e, z, away = (t.flatten(1) for t in (new - old, noise, new - ref))
+    scale = 1 / e.shape[1] if reduction == "mean" else 1.0
+    w, second, per_row = (s * w, 0, 1 / h) if objective == "guard" else (w, (w[:, None] * e).square(), 1)
+    unit, k = 20 * EPS, 2 * s.square()
+    error = unit * k * scale * (w[:, None] * e * z).abs().add(second).sum(1)
+    assert ((log_ratio - want_log_ratio).abs() <= error).all()
+    # xi |A| is 1e9 |A| for pcpo
+    size = 1e9 if objective == "pcpo" else want_log_ratio.exp()
+    kl_size = 0.3 * scale * 0.5 * (w_native[:, None] * away).square().sum(1)
+    loss_size = per_row * advantages.abs() * size * (error + unit) + unit * kl_size
+    assert (loss - want_loss).abs() <= loss_size.mean()
+    slope = per_row * advantages.abs() * want_log_ratio.exp() * scale / len(step)
+    term = (slope * k * w).abs()[:, None] * (z.abs() + (w[:, None] * e).abs())
+    kl_term = (0.3 * w_native.square() * scale / len(step))[:, None] * away.abs()
+    assert ((gradient - want_gradient).flatten(1).abs() <= (unit + error[:, None]) * (term + kl_term)).all()
+
+    normalized = run(inputs, table, impl, **settings)[1]
+    torch.testing.assert_close(log_ratio.double(), k * normalized, rtol=4 * EPS, atol=0)
+    on_policy = run((inputs[1], *inputs[1:]), unnormalized_table, impl, **settings)[1]
+    assert torch.equal(on_policy, torch.zeros_like(on_policy))
+
+
 @pytest.mark.parametrize("shape", [(8, 4, 32, 32), (2, 4096, 64), (1, 1024, 1024)], ids=str)
 def test_rounds_less_than_the_usual_formula(shape, table, impl, device):
     """Error of the log-ratio against float64, and of the same in float32 by subtracting log-probabilities."""
@@ -358,8 +394,10 @@ def test_guidance_inside(kl_weight, dtypes, table, impl, device, poisoned):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_log_ratio_alone(dtypes, shape, table, impl, device, poisoned):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_log_ratio_alone(normalized, dtypes, shape, table, unnormalized_table, impl, device, poisoned):
     """The policy loss's own log-ratio, bit for bit, and a gradient that gives back that of the loss."""
+    table = table if normalized else unnormalized_table
     inputs = make_inputs(shape, device, DTYPES[dtypes])
     new, old, noise, step, advantages, _ = inputs
     _, log_ratio, _, gradient = run(inputs, table, impl, objective="pcpo", clip_range=1e9)
@@ -379,8 +417,10 @@ def test_gradcheck_of_the_log_ratio(table, impl, device):
     )
 
 
-def test_a_difference_of_log_probabilities_is_the_log_ratio(table, impl, device):
+@pytest.mark.parametrize("normalized", [True, False])
+def test_a_difference_of_log_probabilities_is_the_log_ratio(normalized, table, unnormalized_table, impl, device):
     """Right to what their subtraction can be right to, on the sampler's own weight."""
+    table = table if normalized else unnormalized_table
     table.rows[:, 3] = table.rows[:, 4]
     new, old, x, step, _, out = sampled((4, 3, 5, 7), device, table, impl, (F32, F32))
     new = old + 0.1 * torch.randn_like(old)
@@ -423,3 +463,38 @@ def test_without_gradient_only_the_sums_are_made(table, impl, device):
         new, None, 1.0, old, *sources, table.rows, step, advantages, None, *settings
     )
     assert direction.numel() == 0
+
+
+@pytest.mark.parametrize("objective", ["ppo", "guard"])
+def test_a_ratio_that_overflows_leaves_rows_without_advantage_alone(objective, table, impl, device):
+    new, old = torch.full((2, 4096), 1.0, device=device), torch.zeros((2, 4096), device=device)
+    noise, step = torch.full_like(new, -3.0), torch.full((2,), 4, device=device)
+    inputs = (new, old, noise, step, torch.tensor([0.0, 1.0], device=device), None)
+    loss, log_ratio, _, gradient = run(inputs, table, impl, objective=objective, reduction="sum")
+    assert log_ratio.min() > 710 and loss.isfinite() and not gradient[0].any()
+
+
+def test_a_direction_that_overflows_leaves_rows_without_gradient_alone(table, impl, device):
+    new = torch.full((2, 8), 6e4, dtype=F16, device=device)
+    noise, step = torch.full((2, 8), 6e4, device=device), torch.full((2,), 4, device=device)
+    inputs = (new, torch.zeros_like(new), noise, step, torch.tensor([0.0, 1.0], device=device), None)
+    assert not run(inputs, table, impl, clip_range=1e9)[3][0].any()
+
+
+@pytest.mark.parametrize("impl", ["torch"])
+def test_a_table_of_another_dtype_or_width_is_refused(table, impl, device):
+    new, old, noise, step, advantages, _ = make_inputs((3, 4), device)
+    rows = table.rows
+    table.rows = rows.double()
+    with pytest.raises(ValueError, match=r"float64; convert it with \.float\(\)"):
+        ops.policy_loss(new, old, noise, table, step, advantages, impl=impl)
+    table.rows = rows[:, :6]
+    with pytest.raises(ValueError, match=r"shape \(20, 6\); give \(T, 8\)"):
+        ops.policy_loss(new, old, noise, table, step, advantages, impl=impl)
+
+
+def test_a_row_too_long_is_refused():
+    from pcpo_fast.kernels.launch import launch
+
+    with pytest.raises(ValueError, match="impl='torch'"):
+        launch(2**26 + 1)

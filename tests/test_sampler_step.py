@@ -77,6 +77,28 @@ def test_log_prob_is_that_of_the_stored_sample(dtypes, table, impl):
     assert shift > 1e-4 if x.dtype != F32 else shift < 1e-4
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_unnormalized_log_prob(dtypes, table, unnormalized_table, impl):
+    """The same step, bit for bit, with -(x' - a x - b m)^2 of what is stored."""
+    cond, uncond, x, z, step = make_inputs((6, 4, 16, 16), table, DTYPES[dtypes])
+    settings = {"uncond_output": uncond, "guidance_scale": GUIDANCE, "noise": z, "impl": impl}
+    out = ops.sampler_step(cond, x, unnormalized_table, step, **settings)
+    assert all(map(torch.equal, out[:3], ops.sampler_step(cond, x, table, step, **settings)[:3]))
+    later = ops.step_log_prob(out.model_output, x, out.prev_sample, unnormalized_table, step, impl=impl)
+    assert torch.equal(out.log_prob, later)
+    a, b, s = per_row(table, step, x)
+    stored = (out.model_output, out.prev_sample)
+    m, prev_x = (t.double() for t in stored)
+    distance = torch.where(s > 0, prev_x - a * x.double() - b * m, 0)
+    size = (a * x.double()).abs() + (b * m).abs() + prev_x.abs() + 2 * distance.abs()
+    error = (4 * EPS * distance.abs() * size + 16 * EPS * distance.square()).flatten(1).mean(1)
+    assert ((out.log_prob + distance.square().flatten(1).mean(1)).abs() <= error).all()
+    # the oracle takes the unrounded step, which is the stored one where nothing was rounded to less than float32
+    if x.dtype == F32:
+        want = sampler_step_oracle(out.model_output, x, table.rows, step, z, normalized=False)[2]
+        torch.testing.assert_close(out.log_prob.double(), want, rtol=1e-4, atol=0)
+
+
 def test_deterministic_rows(table, impl):
     cond, _, x, z, step = make_inputs((4, 3, 5), table)
     out = ops.sampler_step(cond, x, table, step, noise=z, impl=impl)

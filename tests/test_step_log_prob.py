@@ -64,6 +64,30 @@ def test_matches_float64_autograd(reduction, dtypes, shape, table, impl, poisone
     assert ((gradient.double().flatten(1) - want_gradient).abs() <= tolerance).all()
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 8, 8), (3, 9001)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_unnormalized_matches_float64_autograd(reduction, shape, unnormalized_table, impl, poisoned):
+    """-(x' - a x - b m)^2, with the gradient of exactly that."""
+    table = unnormalized_table
+    m, x, prev_x, step = inputs = make_inputs(shape, table)
+    log_prob, gradient = run(inputs, table, impl, reduction=reduction)
+    m = m.double().requires_grad_()
+    want = step_log_prob_oracle(m, x, prev_x, table.rows, step, reduction=reduction, normalized=False)
+    (want_gradient,) = torch.autograd.grad(want.sum(), m)
+    a, b, s, *_ = (column[:, None].double() for column in table.rows[step].unbind(1))
+    m, x, prev_x = (t.detach().double().flatten(1) for t in (m, x, prev_x))
+    scale = 1 / m.shape[1] if reduction == "mean" else 1.0
+    random = s > 0
+    # the distance x' - mu is found as s z, with two roundings more
+    distance = torch.where(random, prev_x - a * x - b * m, 0)
+    distance_error = 2 * EPS * ((a * x).abs() + (b * m).abs() + prev_x.abs() + 2 * distance.abs())
+    error = scale * (2 * distance.abs() * distance_error + 16 * EPS * distance.square()).sum(1)
+    assert ((log_prob - want).abs() <= error).all()
+    tolerance = scale * 2 * b.abs() * (distance_error + 8 * EPS * distance.abs())
+    assert ((gradient - want_gradient).flatten(1).abs() <= torch.where(random, tolerance, 0)).all()
+    assert log_prob[1] == 0 and log_prob[0] < 0
+
+
 def test_deterministic_rows_are_zero(table, impl):
     log_prob, gradient = run(make_inputs((4, 3, 5), table), table, impl)
     assert log_prob[1] == 0 and not gradient[1].any()
@@ -89,11 +113,13 @@ def test_not_contiguous_and_int_step(table, impl):
 
 @pytest.mark.parametrize("impl", ["torch"])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradcheck(reduction, table, impl):
+def test_gradcheck(reduction, table, unnormalized_table, impl):
     m, x, prev_x, step = make_inputs((4, 2, 3), table)
-    assert torch.autograd.gradcheck(
-        lambda m: ops.step_log_prob(m, x, prev_x, table, step, reduction=reduction), m.double().requires_grad_()
-    )
+    for kind in (table, unnormalized_table):
+        assert torch.autograd.gradcheck(
+            lambda m, kind=kind: ops.step_log_prob(m, x, prev_x, kind, step, reduction=reduction),
+            m.double().requires_grad_(),
+        )
 
 
 def test_agrees_with_the_policy_loss(table, impl):

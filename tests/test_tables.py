@@ -502,13 +502,14 @@ def test_the_smallest_feasible_weights_that_an_error_names_are_feasible(schedule
 def test_rows_have_the_layout_that_the_kernels_read():
     # uniform credit on v-prediction: all columns differ
     table = sd_table(20, credit="uniform", prediction_type="v_prediction")
-    assert table.rows.dtype == torch.float32 and table.rows.shape == (20, 6) and table.rows.is_contiguous()
+    assert table.rows.dtype == torch.float32 and table.rows.shape == (20, 8) and table.rows.is_contiguous()
     columns = ("sample_coef", "output_coef", "std", "weight", "native_weight", "interval")
+    columns += ("log_prob_scale", "log_prob_offset")
     for index, name in enumerate(columns):
         value = getattr(table, name)
         assert value.dtype == torch.float64 and value.shape == (20,)
         assert torch.equal(table.rows[:, index], value.float())
-    assert torch.unique(table.rows[3]).numel() == 6
+    assert torch.unique(table.rows[3]).numel() == 8
 
 
 def test_intervals_share_the_trajectory():
@@ -527,7 +528,7 @@ def test_to_moves_every_tensor():
     table = sd_table(20, credit="proportionate")
     moved = table.to("meta")
     tensors = [f.name for f in dataclasses.fields(table) if isinstance(getattr(table, f.name), torch.Tensor)]
-    assert "rows" in tensors and len(tensors) == 11
+    assert "rows" in tensors and len(tensors) == 13
     for name in tensors:
         value = getattr(moved, name)
         assert value.device.type == "meta" and value.dtype == getattr(table, name).dtype
