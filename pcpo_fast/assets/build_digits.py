@@ -1,16 +1,18 @@
-"""Build the embedded digits model from nothing: `python -m pcpo_fast.assets.build_digits`.
+"""Build the embedded digits models from nothing: `python -m pcpo_fast.assets.build_digits`.
 
-The result is an ordinary Stable Diffusion pipeline, only small, with the two classifiers that score it. Everything is
-trained here, on the 1797 handwritten digits that come with scikit-learn, in this order:
+The results are an ordinary Stable Diffusion pipeline and an ordinary Stable Diffusion 3 pipeline, only small, with the
+two classifiers that score them. Everything is trained here, on the 1797 handwritten digits that come with scikit-learn,
+in this order:
 
 1. the byte-level BPE tokenizer, from the prompts;
 2. the autoencoder, 3x32x32 pixels to 4x8x8 latents;
 3. the reward and the eval classifier, each on its own half of the digits, as drawn and as the autoencoder returns them;
-4. the text encoder and the denoiser, together, to predict the noise in a latent from its prompt.
+4. the text encoder and the denoiser, together, to predict the noise in a latent from its prompt;
+5. the flow model's transformer, on the same autoencoder and text encoder, to predict the velocity of a latent.
 
-The denoiser's training stops early on purpose: it draws digits, but about one in five is malformed or not the one that
-was asked for, which is what alignment is there to repair. One seed decides everything; on one machine with one number
-of threads, the same seed gives the same files.
+Training stops early on purpose: both models draw digits, but about one in five is malformed or not the one that was
+asked for, which is what alignment is there to repair. One seed decides everything; on one machine with one number of
+threads, the same seed gives the same files.
 """
 
 import argparse
@@ -24,17 +26,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pcpo_fast import flow_table, sampler_step
 from pcpo_fast.rewards.digits import DIGIT_WORDS, IMAGE_SIZE, DigitClassifier, digit_of
 
 ASSETS = Path(__file__).parent
-# the guidance scale at which the model's quality is stated, and from which alignment starts
+# the guidance scale at which the models' quality is stated, and from which alignment starts
 GUIDANCE_SCALE = 1.5
 NUM_INFERENCE_STEPS = 20
+FLOW_GUIDANCE_SCALE = 1.0
+FLOW_NUM_INFERENCE_STEPS = 10
+FLOW_NOISE_LEVEL = 0.7
 SEED = 0
 
 PROMPT_TEMPLATES = (
@@ -53,6 +67,7 @@ LATENT_SHAPE = (4, 8, 8)
 AUTOENCODER_STEPS = 1000
 CLASSIFIER_STEPS = 1500
 DENOISER_STEPS = 1500
+FLOW_STEPS = 1400
 
 
 def prompts() -> list[str]:
@@ -203,6 +218,63 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def build_flow_text_encoder(text_encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The text encoder as Stable Diffusion 3 takes it: with a projection of the last token, here the identity."""
+    projected = CLIPTextModelWithProjection(text_encoder.config)
+    # transformers 5 dropped the module between the model and its layers
+    layers = getattr(text_encoder, "text_model", text_encoder)
+    projected.text_model.load_state_dict(layers.state_dict())
+    torch.nn.init.eye_(projected.text_projection.weight)
+    return projected.eval().requires_grad_(False)
+
+
+def build_flow_transformer() -> SD3Transformer2DModel:
+    """An untrained velocity predictor: 16 patches of 2x2 latents attend with the prompt's tokens."""
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SHAPE[1],
+        patch_size=2,
+        in_channels=LATENT_SHAPE[0],
+        out_channels=LATENT_SHAPE[0],
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        # two text encoders, side by side
+        joint_attention_dim=128,
+        pooled_projection_dim=128,
+        caption_projection_dim=64,
+        pos_embed_max_size=8,
+    )
+    # every block starts as the identity, as in DiT
+    modulations = [transformer.norm_out.linear, transformer.proj_out]
+    for block in transformer.transformer_blocks:
+        modulations += [block.norm1.linear, block.norm1_context.linear]
+    for linear in modulations:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return transformer
+
+
+def build_flow_pipeline(autoencoder: AutoencoderKL, text_encoder: CLIPTextModel) -> StableDiffusion3Pipeline:
+    """An untrained flow pipeline around the denoiser's autoencoder and text encoder, which it leaves as they are."""
+    # Stable Diffusion 3 adds a shift, which must be a number
+    shifted = build_autoencoder().eval().requires_grad_(False)
+    shifted.load_state_dict(autoencoder.state_dict())
+    shifted.register_to_config(scaling_factor=autoencoder.config.scaling_factor, shift_factor=0.0)
+    tokenizer = build_tokenizer()
+    projected = build_flow_text_encoder(text_encoder)
+    return StableDiffusion3Pipeline(
+        vae=shifted,
+        text_encoder=projected,
+        text_encoder_2=projected,
+        text_encoder_3=None,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=None,
+        transformer=build_flow_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 def train_autoencoder(images: Tensor, seed: int, steps: int = AUTOENCODER_STEPS) -> AutoencoderKL:
     """Train the autoencoder on (N, 3, 32, 32) pictures in [-1, 1] and set its scaling factor."""
     torch.manual_seed(seed)
@@ -321,20 +393,99 @@ def train_denoiser(
     return average[0], average[1]
 
 
+def train_flow(
+    images: Tensor,
+    digits: Tensor,
+    autoencoder: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    seed: int,
+    steps: int = FLOW_STEPS,
+) -> StableDiffusion3Pipeline:
+    """Train the flow model on pictures (N, 3, 32, 32) in [-1, 1] of digits (N,); only its transformer learns."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    pipeline = build_flow_pipeline(autoencoder, text_encoder)
+    latents = torch.cat([encode(autoencoder, augment(images, generator)) for _ in range(16)])
+    digits = digits.repeat(16)
+    texts = [*prompts(), ""]
+    condition, _, pooled, _ = pipeline.encode_prompt(
+        texts, texts, texts, do_classifier_free_guidance=False, max_sequence_length=MAX_PROMPT_TOKENS
+    )
+
+    trained = pipeline.transformer.train()
+    average = copy.deepcopy(trained).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    progress = _Progress("flow", steps)
+    batch = 64
+    for step in range(steps):
+        chosen = torch.randint(len(latents), (batch,), generator=generator)
+        wording = torch.randint(len(PROMPT_TEMPLATES), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < 0.12
+        text = torch.where(dropped, len(texts) - 1, digits[chosen] * len(PROMPT_TEMPLATES) + wording)
+        # the middle of the way is the hardest part of it: logit-normal, as Stable Diffusion 3 was trained
+        sigmas = torch.randn(batch, generator=generator).sigmoid()
+        noise = torch.randn(batch, *LATENT_SHAPE, generator=generator)
+
+        noisy = torch.lerp(latents[chosen], noise, sigmas[:, None, None, None])
+        velocity = trained(noisy, condition[text], pooled[text], sigmas * 1000).sample
+        loss = F.mse_loss(velocity, noise - latents[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            decay = min(0.995, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
+        progress(step, loss=loss)
+    pipeline.transformer = average
+    return pipeline
+
+
 def generate(
-    pipeline: StableDiffusionPipeline, texts: list[str], seed: int, guidance_scale: float = GUIDANCE_SCALE
+    pipeline: StableDiffusionPipeline | StableDiffusion3Pipeline,
+    texts: list[str],
+    seed: int,
+    guidance_scale: float | None = None,
 ) -> Tensor:
-    """Sample one picture per prompt with 20 stochastic DDIM steps (eta = 1): (N, 3, 32, 32) in [0, 1]."""
+    """Sample one picture per prompt by the pipeline's own call: (N, 3, 32, 32) in [0, 1].
+
+    The denoiser takes 20 stochastic DDIM steps (eta = 1) with guidance, the flow model 10 Euler steps without.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        steps, default_scale = FLOW_NUM_INFERENCE_STEPS, FLOW_GUIDANCE_SCALE
+        settings: dict[str, object] = {"max_sequence_length": MAX_PROMPT_TOKENS}
+    else:
+        steps, default_scale, settings = NUM_INFERENCE_STEPS, GUIDANCE_SCALE, {"eta": 1.0}
     pictures = pipeline(
         texts,
-        num_inference_steps=NUM_INFERENCE_STEPS,
-        guidance_scale=guidance_scale,
-        eta=1.0,
+        num_inference_steps=steps,
+        guidance_scale=default_scale if guidance_scale is None else guidance_scale,
         generator=torch.Generator().manual_seed(seed),
         output_type="pt",
+        **settings,
     )
     return pictures.images
+
+
+@torch.no_grad()
+def generate_stochastic(
+    pipeline: StableDiffusion3Pipeline, texts: list[str], seed: int, guidance_scale: float = FLOW_GUIDANCE_SCALE
+) -> Tensor:
+    """Sample one picture per prompt with 10 steps of Flow-SDE, noise level 0.7, as in alignment: (N, 3, 32, 32) in
+    [0, 1]."""
+    table = flow_table.from_scheduler(pipeline.scheduler, FLOW_NUM_INFERENCE_STEPS, noise_level=FLOW_NOISE_LEVEL)
+    embeds = pipeline.encode_prompt(texts, texts, texts, max_sequence_length=MAX_PROMPT_TOKENS)
+    condition, pooled = torch.cat(embeds[:2]), torch.cat(embeds[2:])
+    latents = torch.randn(len(texts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
+    for step, timestep in enumerate(table.timesteps):
+        output = pipeline.transformer(latents.repeat(2, 1, 1, 1), condition, pooled, timestep.expand(2 * len(texts)))
+        prompted, unprompted = output.sample.chunk(2)
+        guidance = {"uncond_output": unprompted, "guidance_scale": guidance_scale}
+        latents = sampler_step(prompted, latents, table, step, seed=seed, **guidance).prev_sample
+    return decode(pipeline.vae, latents) / 2 + 0.5
 
 
 def save_picture(images: Tensor, columns: int, path: Path, zoom: int = 2) -> None:
@@ -370,23 +521,15 @@ def assess_classifier(classifier: DigitClassifier, images: Tensor, digits: Tenso
     return {key: round(value.item(), 4) for key, value in figures.items()}
 
 
-def assess_pipeline(
-    pipeline: StableDiffusionPipeline,
-    reward: DigitClassifier,
-    evaluator: DigitClassifier,
-    seed: int,
-    repeats: int = 10,
+@torch.no_grad()
+def assess_pictures(
+    images: Tensor, texts: list[str], reward: DigitClassifier, evaluator: DigitClassifier
 ) -> dict[str, object]:
-    """How often, over `repeats` pictures per training prompt, the classifiers read the prompted digit."""
-    texts = prompts() * repeats
+    """How often the classifiers read the prompted digit in pictures (N, 3, 32, 32) in [0, 1] of N prompts."""
     digits = torch.tensor([digit_of(text) for text in texts])
-    images = generate(pipeline, texts, seed)
-    with torch.no_grad():
-        right = (evaluator(images).argmax(dim=1) == digits).float()
-        log_probs = reward(images).log_softmax(dim=1)
+    right = (evaluator(images).argmax(dim=1) == digits).float()
+    log_probs = reward(images).log_softmax(dim=1)
     return {
-        "images": len(texts),
-        "guidance_scale": GUIDANCE_SCALE,
         "accuracy_eval": round(right.mean().item(), 4),
         "accuracy_eval_per_digit": [round(right[digits == digit].mean().item(), 3) for digit in range(10)],
         "accuracy_reward": round((log_probs.argmax(dim=1) == digits).float().mean().item(), 4),
@@ -394,15 +537,41 @@ def assess_pipeline(
     }
 
 
-def build(output_dir: Path, seed: int, picture: Path | None = None) -> dict[str, object]:
-    """Train everything, put it into `output_dir`, and return the measured quality.
+def build(
+    output_dir: Path,
+    seed: int,
+    picture: Path | None = None,
+    flow_picture: Path | None = None,
+    only_flow: bool = False,
+) -> dict[str, object]:
+    """Train everything, put it into `output_dir`, and return the measured quality of both models.
 
-    Nothing in `output_dir` is touched until all is trained and saved. The figures are also in `digits/quality.json`.
+    Nothing in `output_dir` is touched until all is trained and saved.
 
     Args:
-        output_dir: gets `digits/`, `digits_classifiers/` and `digits_prompts.txt`.
+        output_dir: gets `digits/`, `digits_classifiers/`, `digits_prompts.txt` and `digits_flow/`.
         seed: decides the halves, the initial weights and the order of training.
-        picture: where to save a grid of samples, a column per digit.
+        picture: where to save a grid of the diffusion model's samples, a column per digit.
+        flow_picture: the same of the flow model's.
+        only_flow: train the flow model alone, on what `output_dir` has of the rest.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    quality: dict[str, object] = {}
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".digits-") as scratch:
+        new = Path(scratch)
+        if not only_flow:
+            quality["digits"] = build_diffusion(new, seed, picture)
+        quality["digits_flow"] = build_flow(output_dir if only_flow else new, new, seed, flow_picture)
+        for path in list(new.iterdir()):
+            shutil.rmtree(output_dir / path.name, ignore_errors=True)
+            path.replace(output_dir / path.name)
+    return quality
+
+
+def build_diffusion(output_dir: Path, seed: int, picture: Path | None = None) -> dict[str, object]:
+    """Train the diffusion model and the classifiers, save them and the prompts in `output_dir`, and return the quality.
+
+    The figures are also in `digits/quality.json`.
     """
     images, digits = load_data()
     reward_half, eval_half = split_halves(digits, seed)
@@ -422,10 +591,15 @@ def build(output_dir: Path, seed: int, picture: Path | None = None) -> dict[str,
         requires_safety_checker=False,
     )
 
+    texts = prompts() * 10
     reconstructed = decode(autoencoder, encode(autoencoder, images))
     quality: dict[str, object] = {
         "seed": seed,
-        "pipeline": assess_pipeline(pipeline, reward, evaluator, seed),
+        "pipeline": {
+            "images": len(texts),
+            "guidance_scale": GUIDANCE_SCALE,
+            **assess_pictures(generate(pipeline, texts, seed), texts, reward, evaluator),
+        },
         "reward_classifier": assess_classifier(reward, images[eval_half], digits[eval_half]),
         "eval_classifier": assess_classifier(evaluator, images[reward_half], digits[reward_half]),
         "autoencoder": {
@@ -433,25 +607,54 @@ def build(output_dir: Path, seed: int, picture: Path | None = None) -> dict[str,
             "scaling_factor": autoencoder.config.scaling_factor,
         },
     }
-
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".digits-") as scratch:
-        new = Path(scratch)
-        pipeline.save_pretrained(new / "digits")
-        (new / "digits" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-        (new / "digits_classifiers").mkdir()
-        save_file(reward.state_dict(), new / "digits_classifiers" / "reward.safetensors")
-        save_file(evaluator.state_dict(), new / "digits_classifiers" / "eval.safetensors")
-        (new / "digits_prompts.txt").write_text("\n".join(prompts()) + "\n")
-        for name in ("digits", "digits_classifiers"):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-        for path in list(new.iterdir()):
-            path.replace(output_dir / path.name)
-
+    pipeline.save_pretrained(output_dir / "digits")
+    (output_dir / "digits" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    (output_dir / "digits_classifiers").mkdir()
+    save_file(reward.state_dict(), output_dir / "digits_classifiers" / "reward.safetensors")
+    save_file(evaluator.state_dict(), output_dir / "digits_classifiers" / "eval.safetensors")
+    (output_dir / "digits_prompts.txt").write_text("\n".join(prompts()) + "\n")
     if picture is not None:
-        rows = [prompts()[row :: len(PROMPT_TEMPLATES)] for row in range(len(PROMPT_TEMPLATES))]
-        save_picture(generate(pipeline, [text for row in rows for text in row], seed), 10, picture)
+        save_picture(generate(pipeline, _texts_by_column(), seed), 10, picture)
     return quality
+
+
+def build_flow(base_dir: Path, output_dir: Path, seed: int, picture: Path | None = None) -> dict[str, object]:
+    """Train the flow model on the autoencoder, text encoder and classifiers in `base_dir`; save it in `output_dir`.
+
+    Returns the measured quality, which is also in `digits_flow/quality.json`.
+    """
+    images, digits = load_data()
+    autoencoder = AutoencoderKL.from_pretrained(base_dir / "digits" / "vae").eval().requires_grad_(False)
+    text_encoder = CLIPTextModel.from_pretrained(base_dir / "digits" / "text_encoder").eval()
+    pipeline = train_flow(images, digits, autoencoder, text_encoder, seed + 4)
+
+    classifiers = []
+    for which in ("reward", "eval"):
+        classifier = DigitClassifier().eval()
+        classifier.load_state_dict(load_file(base_dir / "digits_classifiers" / f"{which}.safetensors"))
+        classifiers.append(classifier)
+    texts = prompts() * 10
+    quality: dict[str, object] = {
+        "seed": seed,
+        "images": len(texts),
+        "guidance_scale": FLOW_GUIDANCE_SCALE,
+        "num_inference_steps": FLOW_NUM_INFERENCE_STEPS,
+        "pipeline": assess_pictures(generate(pipeline, texts, seed), texts, *classifiers),
+        "flow_sde": {
+            "noise_level": FLOW_NOISE_LEVEL,
+            **assess_pictures(generate_stochastic(pipeline, texts, seed), texts, *classifiers),
+        },
+    }
+    pipeline.save_pretrained(output_dir / "digits_flow")
+    (output_dir / "digits_flow" / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    if picture is not None:
+        save_picture(generate_stochastic(pipeline, _texts_by_column(), seed), 10, picture)
+    return quality
+
+
+def _texts_by_column() -> list[str]:
+    """The prompts for a grid with a column per digit, row by row."""
+    return [text for row in range(len(PROMPT_TEMPLATES)) for text in prompts()[row :: len(PROMPT_TEMPLATES)]]
 
 
 class _Progress:
@@ -475,11 +678,15 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=ASSETS, help="where the model goes (the package's assets)")
     parser.add_argument("--seed", type=int, default=SEED, help="decides everything that is random")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; part of what makes a build repeatable")
-    parser.add_argument("--picture", type=Path, help="save a grid of samples to this PNG")
+    parser.add_argument("--only-flow", action="store_true", help="train the flow model alone, on the rest as it is")
+    parser.add_argument("--picture", type=Path, help="save a grid of the diffusion model's samples to this PNG")
+    parser.add_argument("--flow-picture", type=Path, help="save a grid of the flow model's samples to this PNG")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     start = time.perf_counter()
-    quality = build(arguments.output_dir, arguments.seed, arguments.picture)
+    quality = build(
+        arguments.output_dir, arguments.seed, arguments.picture, arguments.flow_picture, arguments.only_flow
+    )
     print(json.dumps(quality, indent=2))
     print(f"{arguments.output_dir}: built in {time.perf_counter() - start:.0f} s")
 
