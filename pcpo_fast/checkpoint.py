@@ -1,23 +1,26 @@
 """Checkpoints: complete, and either whole or not there at all.
 
-A checkpoint is a folder `epoch-000012` with the trained weights (as diffusers reads them), the optimiser's tensors, the
-random states and the rest of the state. It is written under another name, flushed to the disk and then renamed, which a
-file system does at once or not at all: whatever moment a run is killed at, the newest folder of that name is whole.
+A checkpoint is a folder `epoch-000012` with the trained weights and their moving average, if there is one (as diffusers
+reads them), the optimiser's tensors, the random states and the rest of the state. It is written under another name,
+flushed to the disk and then renamed, which a file system does at once or not at all: whatever moment a run is killed
+at, the newest folder of that name is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.policies import DiffusersPolicy
 
 
 class Checkpoints:
@@ -44,12 +47,14 @@ class Checkpoints:
     def save(
         self,
         epoch: int,
-        policy: StableDiffusionPolicy,
+        policy: DiffusersPolicy,
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         random_state: dict[str, Any],
+        ema: Any = None,
     ) -> Path:
-        """Writes the state after `epoch` epochs; `state` is JSON-able. Returns the folder."""
+        """Writes the state after `epoch` epochs; `state` is JSON-able, `ema` a diffusers EMAModel or None. Returns the
+        folder."""
         from safetensors.torch import save_file
 
         target = self.folder / f"epoch-{epoch:06d}"
@@ -58,6 +63,9 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(partial / "weights")
+        if ema is not None:
+            with averaged(policy, ema):
+                policy.save(partial / "ema")
         optimizer_state = optimizer.state_dict()
         tensors = {
             f"{index}.{name}": value
@@ -68,6 +76,7 @@ class Checkpoints:
         save_file(random_state["torch"], partial / "random.safetensors")
         rest = {
             "epoch": epoch,
+            "ema_steps": None if ema is None else ema.optimization_step,
             "param_groups": optimizer_state["param_groups"],
             "python_random": random_state["python"],
             "numpy_random": random_state["numpy"],
@@ -85,11 +94,21 @@ class Checkpoints:
             shutil.rmtree(doomed)
         return target
 
-    def load(self, path: Path, policy: StableDiffusionPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restores weights, optimiser and random states from `path`; returns the JSON part, with "epoch"."""
+    def load(
+        self, path: Path, policy: DiffusersPolicy, optimizer: torch.optim.Optimizer, ema: Any = None
+    ) -> dict[str, Any]:
+        """Restores weights, their average, optimiser and random states from `path`; returns the JSON part, with
+        "epoch"."""
         from safetensors.torch import load_file
 
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if ema is not None:
+            # a run that had no average begins one at its weights
+            has_average = state["ema_steps"] is not None
+            policy.load(path / ("ema" if has_average else "weights"))
+            ema.optimization_step = state["ema_steps"] or 0
+            for shadow, parameter in zip(ema.shadow_params, policy.trainable_parameters(), strict=True):
+                shadow.copy_(parameter.detach())
         policy.load(path / "weights")
         per_parameter: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in load_file(path / "optimizer.safetensors").items():
@@ -109,6 +128,18 @@ class Checkpoints:
             }
         )
         return state
+
+
+@contextlib.contextmanager
+def averaged(policy: DiffusersPolicy, ema: Any) -> Iterator[None]:
+    """The average of the weights that a diffusers EMAModel holds in the place of the policy's weights."""
+    parameters = policy.trainable_parameters()
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 def get_random_state() -> dict[str, Any]:

@@ -11,49 +11,77 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pcpo_fast.tables import Credit
 
 ASSETS = Path(__file__).parent / "assets"
+# of the samplers of flow models: what their authors use
+NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 
 
 @dataclasses.dataclass
 class Config:
-    """Align a text-to-image diffusion pipeline with PCPO, or with DDPO by --objective ppo --credit native."""
+    """Align a text-to-image diffusion or flow pipeline with PCPO, or as DDPO, DanceGRPO and Flow-GRPO do by --objective
+    ppo --credit native."""
 
     # model
     model: str = "digits"
-    """Diffusers StableDiffusionPipeline: a local folder, a hub name, or "digits" for the embedded one."""
+    """Diffusers pipeline (Stable Diffusion 1, 2, XL, 3 and 3.5, FLUX.1): a local folder, a hub name, or an embedded
+    one, "digits" or "digits-flow"."""
     tuning: Literal["lora", "full"] = "lora"
-    """Train LoRA adapters on the UNet's attention, or all of the UNet."""
+    """Train LoRA adapters, or all of the denoiser."""
     lora_rank: int = 4
     """Rank of the LoRA adapters."""
     lora_alpha: int = 4
     """LoRA scale numerator; the adapter is multiplied by lora_alpha / lora_rank."""
-    lora_target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Names of the UNet's layers that get an adapter."""
+    lora_target_modules: tuple[str, ...] | None = None
+    """Names of the denoiser's layers that get an adapter; none means those that are usual for the model."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the denoiser and of the stored model outputs; trained weights and latents stay in fp32."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention backend of the UNet."""
+    """Attention backend of the denoiser."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
+    max_sequence_length: int | None = None
+    """Tokens of a prompt for the T5 encoder of SD3 and FLUX; none means the pipeline's own default."""
+    t5: bool = True
+    """Load the T5 encoder of SD3, the largest of its three text encoders, which it does without too."""
+    release_text_encoders: bool = False
+    """Encode all prompts at the start and free the text encoders' memory."""
 
     # sampling
     resolution: int | None = None
     """Height and width of the images in pixels; none means the model's own."""
     num_inference_steps: int = 20
     """Sampler steps per image."""
-    eta: float = 1.0
-    """DDIM noise level; 1 has the DDPM variance."""
+    sampler: Literal["ddim", "flow", "dance", "cps"] | None = None
+    """ddim for diffusion models; for flow models the SDE of Flow-GRPO (flow) or DanceGRPO (dance), or FlowCPS (cps).
+    None means ddim or flow."""
+    eta: float | None = None
+    """DDIM noise level; 1, the default, has the DDPM variance."""
+    noise_level: float | None = None
+    """Noise level of a flow sampler; none means 0.7 for flow, 0.3 for dance, 0.8 for cps."""
+    shift: float | None = None
+    """Timestep shift of a flow model's schedule; none means the schedule of the model's own pipeline."""
+    window_size: int | None = None
+    """Steps of a rollout that draw noise and are trained, all others following the ODE; none means all."""
+    window: Literal["fixed", "random", "sliding"] = "fixed"
+    """Where the window lies in its range: at the start, drawn anew every epoch, or one step later every epoch."""
+    window_range: tuple[int, int] | None = None
+    """First step of the window's range and the step after its last; none means all that draw noise."""
     guidance_scale: float = 5.0
     """Classifier-free guidance, at rollout and in training; 1 turns it off."""
 
     # algorithm
-    objective: Literal["pcpo", "ppo"] = "pcpo"
-    """Policy loss: PCPO's log-hinge, or the clipped ratio of PPO, DDPO and GRPO."""
+    objective: Literal["pcpo", "ppo", "guard"] = "pcpo"
+    """Policy loss: PCPO's log-hinge, the clipped ratio of PPO, DDPO and GRPO, or GRPO-Guard's."""
     credit: Credit = "proportionate"
     """How the steps share the credit: native is the sampler's own, as in DDPO; proportionate is PCPO's."""
     target_weight: float | None = None
-    """Credit wanted at every step; none means the mean of the native ones."""
+    """Credit wanted at every step (diffusion), or of the whole trajectory (flow); none keeps the mean or sum that the
+    sampler has."""
     clip_range: float = 1e-4
-    """Clip range of the ratio (ppo) or of the log-ratio (pcpo), on means over the latent's elements."""
+    """Clip range of the ratio (ppo, guard) or of the log-ratio (pcpo), on means over the latent's elements."""
+    normalized_log_prob: bool = True
+    """Log-probabilities of the Gaussian; without, -(x' - mean)^2 alone, as FlowCPS has them."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence from the model as it was before training."""
     advantage: Literal["group", "prompt", "batch"] = "group"
     """What a reward is compared with: its group's, its prompt's recent ones, or all of the epoch's."""
     advantage_clip: float = 5.0
@@ -100,6 +128,8 @@ class Config:
     """AdamW's weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the trained weights that evaluations use; 0 evaluates the weights themselves."""
 
     # run
     seed: int = 0
@@ -139,19 +169,21 @@ class Config:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{_flag(name)} {value} must be a finite number above 0")
-        for name in ("eta", "weight_decay", "eval_every", "seed"):
+        for name in ("eta", "noise_level", "kl_weight", "weight_decay", "eval_every", "seed"):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{_flag(name)} {value} must be a finite number, 0 or above")
-        for name in ("adam_beta1", "adam_beta2"):
+        for name in ("resolution", "max_sequence_length", "shift", "window_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{_flag(name)} {value} must be a finite number above 0; leave it out for the default")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie in [0, 1)")
         if not 1 <= self.guidance_scale < float("inf"):
             raise ValueError(f"--guidance-scale {self.guidance_scale} must be at least 1 (1 means no guidance)")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"--timestep-fraction {self.timestep_fraction} must lie in (0, 1]")
-        if self.resolution is not None and self.resolution <= 0:
-            raise ValueError(f"--resolution {self.resolution} must be above 0; leave it out for the model's own")
         if self.seed >= 2**62:
             raise ValueError(f"--seed {self.seed} must be below 2^62")
         if self.advantage == "group" and self.group_size < 2:
@@ -184,6 +216,8 @@ class Config:
             )
         if not self.rewards:
             raise ValueError("--rewards is empty; name at least one reward")
+        if self.window_size is None and (self.window != "fixed" or self.window_range is not None):
+            raise ValueError("--window and --window-range place a window of steps; give its --window-size too")
         if self.resume and self.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")
 
@@ -208,6 +242,23 @@ PRESETS: dict[str, Config] = {
         eval_every=7,
         eval_samples=240,
     ),
+    # the same on the embedded flow model, which does without guidance
+    "digits-flow": Config(
+        model="digits-flow",
+        tuning="full",
+        learning_rate=1e-4,
+        max_sequence_length=16,
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        clip_range=1e-3,
+        epochs=28,
+        prompts_per_epoch=8,
+        group_size=32,
+        micro_batch_size=32,
+        gradient_accumulation_steps=20,
+        eval_every=7,
+        eval_samples=240,
+    ),
     "sd15": Config(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         lora_rank=16,
@@ -223,6 +274,68 @@ PRESETS: dict[str, Config] = {
         group_size=16,
         micro_batch_size=8,
         gradient_accumulation_steps=100,
+        eval_every=10,
+        eval_samples=32,
+    ),
+    "sdxl": Config(
+        model="stabilityai/stable-diffusion-xl-base-1.0",
+        release_text_encoders=True,
+        learning_rate=1e-4,
+        lora_rank=16,
+        lora_alpha=16,
+        dtype="bf16",
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        prompts="animals",
+        rewards=("jpeg_compressibility",),
+        eval_rewards=(),
+        epochs=100,
+        prompts_per_epoch=8,
+        group_size=16,
+        micro_batch_size=4,
+        gradient_accumulation_steps=200,
+        eval_every=10,
+        eval_samples=32,
+    ),
+    "sd35": Config(
+        model="stabilityai/stable-diffusion-3.5-medium",
+        release_text_encoders=True,
+        lora_rank=32,
+        lora_alpha=64,
+        dtype="bf16",
+        num_inference_steps=10,
+        sampler="flow",
+        shift=3.0,
+        guidance_scale=4.5,
+        prompts="animals",
+        rewards=("jpeg_compressibility",),
+        eval_rewards=(),
+        epochs=100,
+        prompts_per_epoch=8,
+        group_size=24,
+        micro_batch_size=8,
+        gradient_accumulation_steps=54,
+        eval_every=10,
+        eval_samples=32,
+    ),
+    "flux": Config(
+        model="black-forest-labs/FLUX.1-dev",
+        release_text_encoders=True,
+        lora_rank=32,
+        lora_alpha=64,
+        dtype="bf16",
+        num_inference_steps=16,
+        sampler="dance",
+        shift=3.0,
+        guidance_scale=3.5,
+        prompts="animals",
+        rewards=("jpeg_compressibility",),
+        eval_rewards=(),
+        epochs=100,
+        prompts_per_epoch=8,
+        group_size=12,
+        micro_batch_size=4,
+        gradient_accumulation_steps=90,
         eval_every=10,
         eval_samples=32,
     ),

@@ -79,7 +79,7 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     write_atomically(path, file.getvalue())
 
 
-def save_curves(metrics: Metrics, timesteps: Sequence[int], eval_keys: Sequence[str], path: Path) -> None:
+def save_curves(metrics: Metrics, timesteps: Sequence[float], eval_keys: Sequence[str], path: Path) -> None:
     """Draws reward, the scores `eval_keys` and the clip fraction per timestep over epochs as one PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -116,7 +116,7 @@ def save_curves(metrics: Metrics, timesteps: Sequence[int], eval_keys: Sequence[
             extent=(epochs[0] - 0.5, epochs[-1] + 0.5, len(timesteps) - 0.5, -0.5),
         )
         ticks = range(0, len(timesteps), max(1, len(timesteps) // 10))
-        clip_axes.set_yticks(ticks, [str(timesteps[tick]) for tick in ticks])
+        clip_axes.set_yticks(ticks, [f"{timesteps[tick]:.0f}" for tick in ticks])
         figure.colorbar(image, ax=clip_axes)
     clip_axes.set(title="Clipped rows per timestep", xlabel="epoch", ylabel="timestep")
     file = io.BytesIO()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.ops import sample_noise, sampler_step
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.policies import Conditioning, DiffusersPolicy
 from pcpo_fast.tables import StepTable
 
 # the stream of the latents that sampling starts from; stream 0 is the sampler steps' own
@@ -18,21 +18,23 @@ INITIAL_LATENTS = 1
 
 @dataclasses.dataclass
 class Trajectory:
-    """N samples over T steps. Everything that the loss needs is as the sampler left it: nothing is recomputed.
+    """N samples over T steps. Everything that the loss needs is as the sampler left it: nothing is recomputed but the
+    noise, z = (x' - a x - b m)/s, which the loss makes from the states that are here anyway.
 
     Attributes:
-        samples: float32 (N, T, C, H, W), the latents x before each step.
-        model_outputs: (N, T, C, H, W) in the policy's dtype, the rounded, guided outputs m.
-        noise: float32 (N, T, C, H, W), the z of the stored next latent.
-        latents: float32 (N, C, H, W), where sampling ended.
-        conditioning: (N, tokens, width).
+        states: float32 (N, T + 1, ...), the latents x before the first step and after every one.
+        model_outputs: (N, T, ...) in the policy's dtype, the rounded, guided outputs m.
+        conditioning: of the N prompts.
     """
 
-    samples: Tensor
+    states: Tensor
     model_outputs: Tensor
-    noise: Tensor
-    latents: Tensor
-    conditioning: Tensor
+    conditioning: Conditioning
+
+    @property
+    def latents(self) -> Tensor:
+        """float32 (N, ...), where sampling ended."""
+        return self.states[:, -1]
 
     def mend(self) -> Tensor:
         """Overwrites the samples that are not finite by one that is, where there is one, so that nothing which is
@@ -42,8 +44,7 @@ class Trajectory:
         """
         finite = self.latents.isfinite().flatten(1).all(dim=1)
         if finite.any() and not finite.all():
-            for field in dataclasses.fields(self):
-                values = getattr(self, field.name)
+            for values in (self.states, self.model_outputs, *self.conditioning.tensors()):
                 values[~finite] = values[finite][:1]
         return finite
 
@@ -54,9 +55,9 @@ class Interrupted(Exception):
 
 @torch.no_grad()
 def rollout(
-    policy: StableDiffusionPolicy,
+    policy: DiffusersPolicy,
     table: StepTable,
-    conditioning: Tensor,
+    conditioning: Conditioning,
     *,
     seed: int,
     first_index: int,
@@ -71,20 +72,18 @@ def rollout(
     Args:
         policy: the denoiser, with guidance.
         table: the sampler, on the policy's device.
-        conditioning: (N, tokens, width) from `policy.encode`.
+        conditioning: of N prompts, from `policy.encode`.
         seed: the run's seed.
         first_index: global index of the first sample; the others follow.
         batch_size: rows per call of the denoiser; the last call has fewer where it does not divide N.
-        record: keep the steps; without, only `latents` is filled and the steps have T = 0.
+        record: keep the steps; without, there is only the last state, and T = 0.
         after_step: called after every step of every batch, for progress; what it raises ends the rollout.
     """
     device, count = policy.device, len(conditioning)
     steps, shape = len(table) if record else 0, policy.latent_shape
     trajectory = Trajectory(
-        samples=torch.empty((count, steps, *shape), device=device),
+        states=torch.empty((count, steps + 1, *shape), device=device),
         model_outputs=torch.empty((count, steps, *shape), device=device, dtype=policy.dtype),
-        noise=torch.empty((count, steps, *shape), device=device),
-        latents=torch.empty((count, *shape), device=device),
         conditioning=conditioning,
     )
     for start in range(0, count, batch_size):
@@ -93,12 +92,11 @@ def rollout(
         sample = sample_noise((len(index), *shape), table, 0, seed=seed, sample_index=index, stream=INITIAL_LATENTS)
         for step in range(len(table)):
             output = policy.predict(sample, table.timesteps[step].expand(len(index)), conditioning[rows])
-            stepped = sampler_step(output, sample, table, step, seed=seed, sample_index=index, return_noise=record)
-            if stepped.noise is not None:
-                trajectory.samples[rows, step] = sample
+            stepped = sampler_step(output, sample, table, step, seed=seed, sample_index=index)
+            if record:
+                trajectory.states[rows, step] = sample
                 trajectory.model_outputs[rows, step] = stepped.model_output
-                trajectory.noise[rows, step] = stepped.noise
             sample = stepped.prev_sample
             after_step()
-        trajectory.latents[rows] = sample
+        trajectory.states[rows, -1] = sample
     return trajectory

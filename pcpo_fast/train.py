@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pcpo_fast.config import PRESETS, Config, read_config
-from pcpo_fast.policies import StableDiffusionPolicy, find_device
+from pcpo_fast.policies import find_device, load_policy
 from pcpo_fast.rewards import RewardError
 from pcpo_fast.trainer import Trainer
 
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             random.seed(config.seed)
             np.random.seed(config.seed % 2**32)
             torch.manual_seed(config.seed)
-            trainer = Trainer(config, StableDiffusionPolicy.from_pretrained(config), folder)
+            trainer = Trainer(config, load_policy(config), folder)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -4,7 +4,9 @@ Each epoch samples `prompts_per_epoch * group_size` images with the current poli
 advantages, and takes the (image, step) pairs of all trained steps as rows: shuffled together, cut into micro-batches of
 one fixed shape, each row pushed towards or away from the step it took (`policy_loss`). With objective "pcpo" and credit
 "proportionate" this is PCPO (Lee and Ye, arXiv 2509.25774); with "ppo" and "native" it is DDPO (Black et al., arXiv
-2305.13301, the importance-sampled estimator). There is no value function, no reward model inside, and one process.
+2305.13301, the importance-sampled estimator) on a diffusion model, and DanceGRPO (Xue et al., arXiv 2505.07818) or
+Flow-GRPO (Liu et al., arXiv 2505.05470) on a flow model. There is no value function, no reward model inside, and one
+process.
 
 All randomness of the loop is a function of the seed and of where in the run it is drawn (Philox for noise, a generator
 keyed by the epoch for prompts and row order), so a run that was cut off continues as if it had not been: bit for bit
@@ -13,6 +15,7 @@ where the policy's own arithmetic repeats itself, as it does on the CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -28,14 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pcpo_fast.advantages import Advantages
-from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state, write_atomically
+from pcpo_fast.checkpoint import Checkpoints, averaged, get_random_state, set_random_state, write_atomically
 from pcpo_fast.config import Config, load_prompts, to_json
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.policies import DiffusersPolicy
 from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, Trajectory, rollout
-from pcpo_fast.tables import StepTable, ddim_table
+from pcpo_fast.tables import StepTable
 
 # evaluation draws its noise from global sample indices that no training run reaches
 EVAL_FIRST_INDEX = 2**36
@@ -54,21 +57,16 @@ class Trainer:
         ValueError, FileNotFoundError: for anything that would fail later: prompts, rewards, scheduler, credit, resume.
     """
 
-    def __init__(self, config: Config, policy: StableDiffusionPolicy, folder: Path) -> None:
+    def __init__(self, config: Config, policy: DiffusersPolicy, folder: Path) -> None:
         self.config, self.policy, self.folder = config, policy, folder
         self.prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards)
         self.eval_rewards = RewardSet([name for name in config.eval_rewards if name not in self.rewards.rewards])
-        scheduler, steps = policy.pipeline.scheduler, config.num_inference_steps
-        table = ddim_table.from_scheduler(
-            scheduler, steps, eta=config.eta, credit=config.credit, target_weight=config.target_weight
-        )
-        eval_table = ddim_table.from_scheduler(scheduler, steps, eta=config.eta)
-        # runs with different credits are evaluated with one sampler, the one that users of the model have
-        self.table, self.eval_table = table.to(policy.device), eval_table.to(policy.device)
-        self.trained_steps = self.table.trainable.nonzero().squeeze(1).cpu()
-        if len(self.trained_steps) == 0:
-            raise ValueError(f"--eta {config.eta} makes every step deterministic, so there is nothing to train; use 1")
+        self.windows = Windows(config, policy)
+        self.table = self.windows.tables[0]
+        self.eval_table = policy.make_eval_table(config).to(policy.device)
+        if config.release_text_encoders:
+            policy.release_text_encoders(self.prompts)
         self.optimizer = torch.optim.AdamW(
             policy.trainable_parameters(),
             lr=config.learning_rate or 0.0,
@@ -76,6 +74,7 @@ class Trainer:
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
         )
+        self.ema = _make_ema(policy.trainable_parameters(), config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         self.advantages = Advantages(
             config.advantage, config.advantage_clip, config.prompt_buffer_size, config.prompt_buffer_min
@@ -85,7 +84,7 @@ class Trainer:
         self.epoch, self.next_sample, self.updating = 0, 0, False
         latest = self.checkpoints.latest() if config.resume else None
         if latest is not None:
-            state = self.checkpoints.load(latest, policy, self.optimizer)
+            state = self.checkpoints.load(latest, policy, self.optimizer, self.ema)
             self.epoch, self.next_sample = state["epoch"], state["next_sample"]
             self.advantages.load_state_dict(state["advantages"])
             # a run in another dtype had none
@@ -146,6 +145,7 @@ class Trainer:
         # distinct for every (seed, epoch) that a run can have
         generator = torch.Generator().manual_seed((config.seed * 0x9E3779B97F4A7C15 + number) % 2**63)
         prompts = self._draw_prompts(generator)
+        self.table = self.windows.table(number, generator)
         trajectory = self._rollout(prompts, self.table, self.next_sample, signals)
         sampled = time.perf_counter()
 
@@ -202,6 +202,8 @@ class Trainer:
                 if math.isfinite(norm):
                     self.scaler.step(self.optimizer)
                     norms.append(norm)
+                    if self.ema is not None:
+                        self.ema.step(parameters)
                 else:
                     skipped += 1
                 self.scaler.update()
@@ -213,9 +215,10 @@ class Trainer:
 
     def micro_batches(self, samples: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of one pass, shuffled across samples and steps, as (sample index, step index) per micro-batch."""
-        count = max(1, round(self.config.timestep_fraction * len(self.trained_steps)))
-        chosen = torch.rand(samples, len(self.trained_steps), generator=generator).argsort(dim=1)[:, :count]
-        step = self.trained_steps[chosen].flatten()
+        trained = self.table.trainable.nonzero().squeeze(1).cpu()
+        count = max(1, round(self.config.timestep_fraction * len(trained)))
+        chosen = torch.rand(samples, len(trained), generator=generator).argsort(dim=1)[:, :count]
+        step = trained[chosen].flatten()
         sample = torch.arange(samples).repeat_interleave(count)
         order = torch.randperm(samples * count, generator=generator)
         for rows in order.split(self.config.micro_batch_size):
@@ -223,27 +226,33 @@ class Trainer:
 
     def loss(self, trajectory: Trajectory, advantages: Tensor, sample: Tensor, step: Tensor) -> PolicyLoss:
         """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
-        output = self.policy.predict(
-            trajectory.samples[sample, step], self.table.timesteps[step], trajectory.conditioning[sample]
-        )
+        config, table = self.config, self.table
+        inputs = trajectory.states[sample, step], table.timesteps[step], trajectory.conditioning[sample]
+        output = self.policy.predict(*inputs)
         return policy_loss(
             output,
             trajectory.model_outputs[sample, step],
-            trajectory.noise[sample, step],
-            self.table,
+            None,
+            table,
             step,
             advantages[sample],
-            objective=self.config.objective,
-            clip_range=self.config.clip_range,
+            sample=inputs[0],
+            prev_sample=trajectory.states[sample, step + 1],
+            objective=config.objective,
+            clip_range=config.clip_range,
+            ref_model_output=self.policy.reference(*inputs) if config.kl_weight else None,
+            kl_weight=config.kl_weight,
         )
 
     def evaluate(self, name: str, signals: Signals | None = None) -> Record:
-        """Scores images of the prompts in turn, with the same seeds every time, and saves some as samples_<name>.png.
+        """Scores images of the prompts in turn, with the same seeds every time, and saves some as samples_<name>.png;
+        with a moving average of the weights, if there is one.
 
         Not to be interrupted without `signals`.
         """
         prompts = [self.prompts[index % len(self.prompts)] for index in range(self.config.eval_samples)]
-        latents = self._rollout(prompts, self.eval_table, EVAL_FIRST_INDEX, signals, record=False).latents
+        with contextlib.nullcontext() if self.ema is None else averaged(self.policy, self.ema):
+            latents = self._rollout(prompts, self.eval_table, EVAL_FIRST_INDEX, signals, record=False).latents
         images = self.policy.decode(latents)
         total, scores = self.rewards(images, prompts)
         _, eval_scores = self.eval_rewards(images, prompts)
@@ -264,8 +273,7 @@ class Trainer:
         self, prompts: list[str], table: StepTable, first_index: int, signals: Signals | None, record: bool = True
     ) -> Trajectory:
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        embeddings = self.policy.encode(list(distinct))
-        conditioning = embeddings[[distinct[prompt] for prompt in prompts]]
+        conditioning = self.policy.encode(list(distinct))[[distinct[prompt] for prompt in prompts]]
         size = self.config.micro_batch_size
         with tqdm(total=math.ceil(len(prompts) / size) * len(table), desc="rollout", leave=False, disable=None) as bar:
 
@@ -302,7 +310,7 @@ class Trainer:
         first_per_step = per_step(first_ratio, "amax")
         if first_ratio.max() != 0:
             listing = ", ".join(
-                f"{timestep}: {value:.1e}"
+                f"{timestep:.0f}: {value:.1e}"
                 for timestep, value in zip(self.table.timesteps.tolist(), first_per_step, strict=True)
                 if value
             )
@@ -340,7 +348,47 @@ class Trainer:
                 "advantages": self.advantages.state_dict(),
                 "scaler": self.scaler.state_dict(),
             }
-            self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)
+            self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state, self.ema)
+
+
+class Windows:
+    """The sampler of each epoch: one table, or one per place of the window of steps that are stochastic and trained
+    (Li et al., arXiv 2507.21802).
+
+    Raises:
+        ValueError: if the sampler has nothing to train, or no room for the window.
+    """
+
+    def __init__(self, config: Config, policy: DiffusersPolicy) -> None:
+        self.config = config
+        table = policy.make_table(config)
+        trainable = table.trainable.nonzero().squeeze(1).tolist()
+        if not trainable:
+            raise ValueError(
+                "every step of the sampler is deterministic, so there is nothing to train: raise --eta (diffusion) or "
+                "--noise-level (flow), or --num-inference-steps"
+            )
+        if config.window_size is None:
+            self.tables = [table.to(policy.device)]
+            return
+        first, end = trainable[0], trainable[-1] + 1
+        start, stop = config.window_range or (first, end)
+        if not (first <= start < stop <= end and config.window_size <= stop - start):
+            raise ValueError(
+                f"a window of --window-size {config.window_size} does not fit into --window-range {start} {stop}, "
+                f"or that not into {first} {end}: the steps that draw noise, the second number not included"
+            )
+        starts = range(start, stop - config.window_size + 1)
+        windows = [(start, start + config.window_size) for start in starts]
+        if config.window == "fixed":
+            windows = windows[:1]
+        self.tables = [policy.make_table(config, window=window).to(policy.device) for window in windows]
+
+    def table(self, epoch: int, generator: torch.Generator) -> StepTable:
+        """Of an epoch, the first being 1."""
+        if self.config.window == "random":
+            return self.tables[int(torch.randint(len(self.tables), (), generator=generator))]
+        return self.tables[(epoch - 1) % len(self.tables)]
 
 
 class Signals:
@@ -368,6 +416,12 @@ class Signals:
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _make_ema(parameters: list[torch.nn.Parameter], decay: float) -> Any:
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(parameters, decay=decay, foreach=True)
 
 
 def _finite_mean(scores: Tensor) -> float | None:

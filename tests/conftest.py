@@ -29,8 +29,16 @@ def table(device):
     """20 DDIM steps of Stable Diffusion 1.x, the loss's weight not the sampler's own, the last step deterministic."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     rows = ddim_table((1 - betas).cumprod(0), torch.arange(951, 0, -50), credit="uniform").rows.clone()
-    rows[DETERMINISTIC, 2:5] = 0
+    rows[DETERMINISTIC, 2:5] = rows[DETERMINISTIC, 7] = 0
     return SimpleNamespace(rows=rows.to(device))
+
+
+@pytest.fixture
+def unnormalized_table(table):
+    """The same, with -(x' - a x - b m)^2 for a log-probability."""
+    rows = table.rows.clone()
+    rows[:, 6], rows[:, 7] = 2 * rows[:, 2] ** 2, 0
+    return SimpleNamespace(rows=rows)
 
 
 @pytest.fixture

@@ -4,18 +4,39 @@ Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWR
 """
 
 import json
+import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from pcpo_fast.assets.build_digits import build_tokenizer
 from pcpo_fast.config import Config
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.policies import load_policy
 from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
@@ -29,11 +50,8 @@ SD15_SCHEDULER = {
 }
 
 
-def stable_diffusion(**scheduler_settings) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5's blocks, four levels deep, 8 channels wide: 64x64 pixels, 8x8 latents."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    text_encoder = CLIPTextModel(
+def clip(tokenizer: CLIPTokenizer, with_projection: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=16,
@@ -47,6 +65,32 @@ def stable_diffusion(**scheduler_settings) -> StableDiffusionPipeline:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+
+
+def t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
+    vocab = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "\u2581")]
+    tokenizer = T5TokenizerFast(vocab=vocab + [(letter, -3.0) for letter in string.ascii_lowercase], extra_ids=0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config), tokenizer
+
+
+def autoencoder(**settings) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        norm_num_groups=4,
+        **{"latent_channels": 4, **settings},
+    )
+
+
+def stable_diffusion(**scheduler_settings) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's blocks, four levels deep, 8 channels wide: 64x64 pixels, 8x8 latents."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text_encoder = clip(tokenizer)
     unet = UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -59,17 +103,8 @@ def stable_diffusion(**scheduler_settings) -> StableDiffusionPipeline:
         cross_attention_dim=16,
         attention_head_dim=2,
     )
-    vae = AutoencoderKL(
-        sample_size=64,
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
     return StableDiffusionPipeline(
-        vae=vae,
+        vae=autoencoder(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -78,6 +113,107 @@ def stable_diffusion(**scheduler_settings) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def stable_diffusion_xl(**settings) -> StableDiffusionXLPipeline:
+    """SDXL's three levels, both text encoders and the picture's size as an input: 64x64 pixels, 8x8 latents."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 2),
+        layers_per_block=2,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        attention_head_dim=(1, 2, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(force_upcast=True),
+        text_encoder=clip(tokenizer),
+        text_encoder_2=clip(tokenizer, with_projection=True),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SD15_SCHEDULER),
+        add_watermarker=False,
+        **settings,
+    )
+
+
+def stable_diffusion_3(third_encoder: bool = False, **scheduler_settings) -> StableDiffusion3Pipeline:
+    """SD3.5's blocks, two layers deep, one of them with two attentions: 64x64 pixels, 8x8 latents."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text_encoder_3, tokenizer_3 = t5() if third_encoder else (None, None)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5, shift_factor=0.06),
+        text_encoder=clip(tokenizer, with_projection=True),
+        text_encoder_2=clip(tokenizer, with_projection=True),
+        text_encoder_3=text_encoder_3,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=tokenizer_3,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler_settings}),
+    )
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    """FLUX.1's blocks, two of each kind, with dynamic shifting: 64x64 pixels are 8x8 latents, packed to 16 tokens."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    text_encoder_2, tokenizer_2 = t5()
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        vae=autoencoder(scaling_factor=0.4, shift_factor=0.1),
+        text_encoder=clip(tokenizer),
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+# by the name of the preset whose model has this structure
+FAMILIES: dict[str, Callable[..., DiffusionPipeline]] = {
+    "sd15": stable_diffusion,
+    "sdxl": stable_diffusion_xl,
+    "sd35": stable_diffusion_3,
+    "flux": flux,
+}
 
 
 def save_stable_diffusion(folder: Path, **scheduler_settings) -> Path:
@@ -104,6 +240,15 @@ SMALL = {
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """The folders of the saved `FAMILIES`."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, build in FAMILIES.items():
+        build().save_pretrained(folder / name)
+    return {name: folder / name for name in FAMILIES}
+
+
+@pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
     """The folder of a saved `stable_diffusion()`."""
     return save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd15")
@@ -122,7 +267,7 @@ def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
     """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
     config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
     torch.manual_seed(config.seed)
-    return Trainer(config, StableDiffusionPolicy.from_pretrained(config), folder)
+    return Trainer(config, load_policy(config), folder)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:

@@ -1,23 +1,33 @@
 import importlib.util
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from pipelines import stable_diffusion
+from diffusers import DiffusionPipeline
+from pipelines import FAMILIES, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from safetensors.torch import load_file
 
-from pcpo_fast.config import Config
-from pcpo_fast.policies import StableDiffusionPolicy
+from pcpo_fast.config import PRESETS, Config
+from pcpo_fast.policies import (
+    FluxPolicy,
+    StableDiffusion3Policy,
+    StableDiffusionPolicy,
+    StableDiffusionXLPolicy,
+    load_policy,
+)
 
 pytest_plugins = "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = 3
+CPU = torch.device("cpu")
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def make_policy(model, **settings):
     torch.manual_seed(0)
-    return StableDiffusionPolicy.from_pretrained(Config(model=str(model), **settings))
+    return load_policy(Config(**{"model": str(model), "resolution": 64, "max_sequence_length": None} | settings))
 
 
 def train_a_little(policy):
@@ -31,113 +41,211 @@ def train_a_little(policy):
 
 def inputs(policy):
     sample = torch.randn(ROWS, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
-    return sample, torch.tensor([981, 501, 1]), policy.encode(["cat", "dog", "horse"])
+    timesteps = policy.make_table(Config(num_inference_steps=4)).timesteps
+    return sample, timesteps[[0, 1, 3]], policy.encode(["cat", "dog", "horse"])
 
 
 @torch.no_grad()
-def denoise(unet, policy):
-    sample, timestep, conditioning = inputs(policy)
-    return unet(sample, timestep, conditioning).sample
+def denoise(denoiser, policy):
+    """The output of that denoiser without guidance, by the policy's own code."""
+    return policy._denoise(denoiser, *inputs(policy))
+
+
+def denoiser_of(pipeline, policy):
+    return getattr(pipeline, policy.denoiser_name)
 
 
 @torch.no_grad()
-def test_guidance_combines_two_outputs(model):
-    """u + g (c - u), with u the output for the empty prompt, one call of the denoiser at a time."""
-    policy = make_policy(model, guidance_scale=3.5)
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd35"])
+def test_guidance_combines_two_outputs(models, family):
+    """u + g (c - u), with u the output for the pipeline's own negative prompt, one call of the denoiser at a time."""
+    policy = make_policy(models[family], guidance_scale=3.5)
     sample, timestep, conditioning = inputs(policy)
-    empty = policy.encode([""]).expand(ROWS, -1, -1)
-    uncond, cond = (policy.unet(sample, timestep, c).sample for c in (empty, conditioning))
+    encode = {"prompt": "", "device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
+    more = {"prompt_2": "", "prompt_3": ""} if family == "sd35" else {}
+    negatives = policy.pipeline.encode_prompt(**encode, **more)[1::2]
+    empty = type(conditioning)(*(tensor.expand(ROWS, *tensor.shape[1:]) for tensor in negatives))
+    uncond, cond = (policy._denoise(policy.denoiser, sample, timestep, c) for c in (empty, conditioning))
     guided = policy.predict(sample, timestep, conditioning)
     # a denoiser may sum in another order for another batch
     torch.testing.assert_close(guided, uncond + 3.5 * (cond - uncond), rtol=1e-4, atol=1e-5)
     assert (guided - cond).abs().max() > 1e-3
-    bare = make_policy(model, guidance_scale=1.0)
-    assert torch.equal(bare.predict(sample, timestep, conditioning), denoise(bare.unet, bare))
+    bare = make_policy(models[family], guidance_scale=1.0)
+    assert torch.equal(bare.predict(sample, timestep, conditioning), denoise(bare.denoiser, bare))
 
 
 @torch.no_grad()
+def test_flux_is_told_its_guidance(models):
+    outputs = []
+    for scale in (1.0, 3.5):
+        policy = make_policy(models["flux"], guidance_scale=scale)
+        outputs.append(policy.predict(*inputs(policy)))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+def test_guidance_for_a_flux_model_without_is_refused():
+    pipeline = flux(guidance_embeds=False)
+    with pytest.raises(ValueError, match=r"--guidance-scale 5.0 has no meaning .* use --guidance-scale 1"):
+        FluxPolicy(pipeline, Config(resolution=64), CPU)
+    policy = FluxPolicy(pipeline, Config(resolution=64, guidance_scale=1.0), CPU)
+    assert policy.predict(*inputs(policy)).isfinite().all()
+
+
+@torch.no_grad()
+@each_family
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_precision(model, dtype, tuning):
+def test_precision(models, family, dtype, tuning):
     """Outputs and frozen weights have the policy's dtype; trained weights are float32 and start as they were saved."""
-    policy = make_policy(model, dtype=dtype, tuning=tuning)
+    policy = make_policy(models[family], dtype=dtype, tuning=tuning)
     wanted = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[dtype])
     trained = policy.trainable_parameters()
     assert {parameter.dtype for parameter in trained} == {torch.float32}
-    frozen = [p for m in (policy.unet, policy.pipeline.vae, policy.pipeline.text_encoder) for p in m.parameters()]
-    assert {parameter.dtype for parameter in frozen if not parameter.requires_grad} == {wanted}
-    assert not any(module.training for module in policy.unet.modules() if isinstance(module, torch.nn.Dropout))
+    frozen = [p for module in policy._modules() for p in module.parameters() if not p.requires_grad]
+    # an autoencoder that overflows in half precision stays in float32
+    upcast = policy.pipeline.vae.config.force_upcast and dtype == "fp16"
+    assert {p.dtype for p in frozen} == {wanted} | ({torch.float32} if upcast else set())
+    assert policy.pipeline.vae.dtype == (torch.float32 if upcast else wanted)
+    assert not any(module.training for module in policy.denoiser.modules() if isinstance(module, torch.nn.Dropout))
     output = policy.predict(*inputs(policy))
     assert output.dtype == wanted
     assert output.isfinite().all()
-    saved = UNet2DConditionModel.from_pretrained(model, subfolder="unet").state_dict()
+    assert policy.decode(torch.randn(2, *policy.latent_shape)).isfinite().all()
+    saved = load_file(next((models[family] / policy.denoiser_name).glob("*.safetensors")))
     if tuning == "full":
-        assert all(torch.equal(value, saved[name]) for name, value in policy.unet.state_dict().items())
-        assert len(trained) == len(saved)
-    else:
-        # rank 4 on the 4 projections of 2 attentions in 16 blocks, 6 down, 1 in the middle, 9 up
-        assert len(trained) == 2 * 4 * 2 * 16
+        assert all(torch.equal(value, saved[name]) for name, value in policy.denoiser.state_dict().items())
+        assert len(trained) == len(dict(policy.denoiser.named_parameters()))
 
 
-def test_encode_does_not_depend_on_the_batch(model):
-    policy = make_policy(model)
+# layers with an adapter: 4 in each of the 2 attentions of 16 blocks (6 down, 1 in the middle, 9 up); 8 in a joint
+# attention, 7 in the last one; 12 in each double block and 3 in each single one
+@pytest.mark.parametrize(("family", "adapters"), [("sd15", 4 * 2 * 16), ("sd35", 8 + 7), ("flux", 2 * 12 + 2 * 3)])
+def test_the_layers_with_adapters(models, family, adapters):
+    policy = make_policy(models[family])
+    names = [name for name, p in policy.denoiser.named_parameters() if p.requires_grad]
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    assert len(names) == 2 * adapters
+
+
+@each_family
+def test_prompts_are_encoded_once_and_the_encoders_can_go(models, family, monkeypatch):
+    policy = make_policy(models[family], guidance_scale=1.0)
+    encode_prompt, calls = policy.pipeline.encode_prompt, []
+
+    def counted(prompt, **settings):
+        calls.append(prompt)
+        return encode_prompt(prompt=prompt, **settings)
+
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", counted)
+    before = policy.encode(["cat", "dog", "cat"])
+    policy.release_text_encoders(["cat", "horse"])
+    assert calls == ["cat", "dog", "horse"]
+    assert all(getattr(policy.pipeline, name) is None for name in ("text_encoder", *policy._text_encoder_names()))
+    after = policy.encode(["cat", "dog", "cat"])
+    assert all(torch.equal(a, b) for a, b in zip(before.tensors(), after.tensors(), strict=True))
+    assert calls == ["cat", "dog", "horse"]
+    with pytest.raises(ValueError, match=r"'a bear' was not encoded before; .* --no-release-text-encoders"):
+        policy.encode(["a bear"])
+
+
+def test_sd3_with_and_without_its_third_encoder(tmp_path):
+    stable_diffusion_3(third_encoder=True).save_pretrained(tmp_path)
+    policies = [make_policy(tmp_path, guidance_scale=1.0, max_sequence_length=24, t5=t5) for t5 in (True, False)]
+    whole, without = (policy.encode(["cat", "dog"]) for policy in policies)
+    assert whole.embeddings.shape == without.embeddings.shape == (2, 16 + 24, 32)
+    assert torch.equal(whole.embeddings[:, :16], without.embeddings[:, :16])
+    assert torch.equal(whole.pooled, without.pooled)
+    assert without.embeddings[:, 16:].abs().max() == 0 < whole.embeddings[:, 16:].abs().max()
+    assert (policies[0].predict(*inputs(policies[0])) - policies[1].predict(*inputs(policies[1]))).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="--no-t5 leaves out the third text encoder of SD3, and 'digits' is a"):
+        make_policy("digits", t5=False, resolution=None)
+
+
+@torch.no_grad()
+@each_family
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_reference_is_the_model_before_training(models, family, tuning, dtype):
+    policy = make_policy(models[family], tuning=tuning, dtype=dtype, kl_weight=0.1)
+    before = policy.predict(*inputs(policy))
+    assert torch.equal(policy.reference(*inputs(policy)), before)
+    count = len(policy.trainable_parameters())
+    train_a_little(policy)
+    assert torch.equal(policy.reference(*inputs(policy)), before)
+    assert not torch.equal(policy.predict(*inputs(policy)), before)
+    assert len(policy.trainable_parameters()) == count
+
+
+@each_family
+def test_encode_does_not_depend_on_the_batch(models, family):
+    policy = make_policy(models[family])
     prompts = ["cat", "a dog on the moon", "cat"]
-    expected, _ = policy.pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)
-    encoded = policy.encode(prompts)
-    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(encoded[0], encoded[2])
-    assert (encoded[0] - encoded[1]).abs().max() > 0.1
-
-
-def test_decode_is_the_pipelines_and_does_not_depend_on_the_batch(model):
-    policy = make_policy(model, micro_batch_size=2)
-    latents = torch.randn(5, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
-    vae = policy.pipeline.vae
+    encode = {"prompt": prompts, "device": "cpu", "num_images_per_prompt": 1}
     with torch.no_grad():
-        decoded = vae.decode(latents / vae.config.scaling_factor).sample
-    expected = policy.pipeline.image_processor.postprocess(decoded, output_type="pt")
-    images = policy.decode(latents)
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+        if family == "flux":
+            expected = policy.pipeline.encode_prompt(**encode, prompt_2=prompts)[:2]
+        else:
+            more = {"prompt_2": prompts, "prompt_3": prompts} if family == "sd35" else {}
+            expected = policy.pipeline.encode_prompt(**encode, **more, do_classifier_free_guidance=False)[::2]
+    encoded = policy.encode(prompts)
+    assert len(encoded) == 3 and len(encoded.tensors()) == len(expected)
+    for ours, theirs in zip(encoded.tensors(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert torch.equal(ours[0], ours[2])
+        assert (ours[0] - ours[1]).abs().max() > 1e-2
+
+
+@each_family
+def test_decode_does_not_depend_on_the_batch(models, family):
+    one, all_ = (make_policy(models[family], micro_batch_size=size) for size in (1, 5))
+    latents = torch.randn(5, *one.latent_shape, generator=torch.Generator().manual_seed(2))
+    images = one.decode(latents)
+    torch.testing.assert_close(images, all_.decode(latents), rtol=0, atol=1e-5)
     assert images.shape == (5, 3, 64, 64)
-    assert images.std() > 0.01
+    assert 0 <= images.min() < images.max() <= 1
 
 
 def test_resolution_sets_the_latents(model):
-    assert make_policy(model).latent_shape == (4, 8, 8)
+    assert make_policy(model, resolution=None).latent_shape == (4, 8, 8)
     policy = make_policy(model, resolution=96)
     assert policy.latent_shape == (4, 12, 12)
     assert policy.decode(torch.zeros(1, 4, 12, 12)).shape == (1, 3, 96, 96)
 
 
+@each_family
 @pytest.mark.parametrize("alpha", [4, 10])
-def test_saved_lora_is_what_diffusers_reads(model, tmp_path, alpha):
+def test_saved_lora_is_what_diffusers_reads(models, family, tmp_path, alpha):
     """A fresh pipeline with the saved weights has the policy's output, scale included; without, the base model's."""
-    policy = make_policy(model, lora_rank=4, lora_alpha=alpha)
-    base = denoise(policy.unet, policy)
-    fresh = StableDiffusionPipeline.from_pretrained(model)
+    policy = make_policy(models[family], lora_rank=4, lora_alpha=alpha)
+    base = denoise(policy.denoiser, policy)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd35" else {}
+    fresh = DiffusionPipeline.from_pretrained(models[family], **absent)
     # an adapter starts at zero
-    assert torch.equal(denoise(fresh.unet, policy), base)
+    assert torch.equal(denoise(denoiser_of(fresh, policy), policy), base)
     train_a_little(policy).save(tmp_path)
-    trained = denoise(policy.unet, policy)
+    trained = denoise(policy.denoiser, policy)
     assert (trained - base).abs().max() > 1e-2
     fresh.load_lora_weights(tmp_path)
-    torch.testing.assert_close(denoise(fresh.unet, policy), trained, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(denoise(denoiser_of(fresh, policy), policy), trained, rtol=1e-5, atol=1e-5)
 
 
-def test_saved_unet_is_what_diffusers_reads(model, tmp_path):
-    policy = train_a_little(make_policy(model, tuning="full"))
+@each_family
+def test_a_saved_denoiser_is_what_diffusers_reads(models, family, tmp_path):
+    policy = train_a_little(make_policy(models[family], tuning="full"))
     policy.save(tmp_path)
-    assert torch.equal(denoise(UNet2DConditionModel.from_pretrained(tmp_path), policy), denoise(policy.unet, policy))
+    fresh = type(policy.denoiser).from_pretrained(tmp_path)
+    assert torch.equal(denoise(fresh, policy), denoise(policy.denoiser, policy))
 
 
+@each_family
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_weights_come_back_bit_for_bit(model, tmp_path, tuning, dtype):
-    policy = train_a_little(make_policy(model, tuning=tuning, dtype=dtype))
+def test_weights_come_back_bit_for_bit(models, family, tmp_path, tuning, dtype):
+    policy = train_a_little(make_policy(models[family], tuning=tuning, dtype=dtype))
     policy.save(tmp_path)
-    other = make_policy(model, tuning=tuning, dtype=dtype)
+    other = make_policy(models[family], tuning=tuning, dtype=dtype)
     other.load(tmp_path)
-    ours, theirs = policy.unet.state_dict(), other.unet.state_dict()
+    ours, theirs = policy.denoiser.state_dict(), other.denoiser.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
@@ -155,10 +263,10 @@ def test_another_adapter_is_refused(model, tmp_path, settings, message):
         make_policy(model, **settings).load(tmp_path)
 
 
-def test_a_unet_of_another_build_is_refused(model, tmp_path):
+def test_a_denoiser_of_another_build_is_refused(model, tmp_path):
     make_policy(model, tuning="full").save(tmp_path)
     with pytest.raises(ValueError, match="is not built as this model's; resume with the run's own --model"):
-        make_policy("digits", tuning="full").load(tmp_path)
+        make_policy("digits", tuning="full", resolution=None).load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,18 +302,86 @@ def test_a_missing_folder_is_refused(name):
     with pytest.raises(FileNotFoundError) as error:
         make_policy(name)
     assert f"--model {name!r} is no diffusers pipeline: there is no {name}/model_index.json" in str(error.value)
-    assert "a hub name (owner/name), or digits" in str(error.value)
+    assert "a hub name (owner/name), or digits or digits-flow" in str(error.value)
 
 
-def test_a_policy_needs_no_folder(tmp_path):
+@pytest.mark.parametrize(
+    ("build", "policy"),
+    [
+        (stable_diffusion, StableDiffusionPolicy),
+        (stable_diffusion_xl, StableDiffusionXLPolicy),
+        (stable_diffusion_3, StableDiffusion3Policy),
+        (flux, FluxPolicy),
+    ],
+)
+def test_a_policy_needs_no_folder(build, policy):
     """A pipeline that is in memory already can be aligned too."""
-    policy = StableDiffusionPolicy(stable_diffusion(), Config(), torch.device("cpu"))
+    policy = policy(build(), Config(resolution=64, guidance_scale=3.0), CPU)
     assert policy.predict(*inputs(policy)).requires_grad
 
 
 def test_another_pipeline_is_refused(model, tmp_path):
     shutil.copytree(model, tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
-    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"'))
-    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline"):
+    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"PixArtAlphaPipeline"'))
+    with pytest.raises(ValueError, match="is a PixArtAlphaPipeline, which no policy can run; give a StableDiffusion"):
         make_policy(tmp_path / "other")
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
+def test_resolutions_that_do_not_divide_are_refused(models, family):
+    multiple = {"sdxl": 8, "sd35": 16, "flux": 16}[family]
+    with pytest.raises(ValueError, match=f"--resolution 60 is not a multiple of {multiple}"):
+        make_policy(models[family], resolution=60)
+
+
+def test_sdxl_is_told_its_size(models):
+    """Original size, corner and target size, as the pipeline makes them."""
+    policy, seen = make_policy(models["sdxl"], resolution=96), []
+
+    def denoiser(*arguments, added_cond_kwargs):
+        seen.append(added_cond_kwargs["time_ids"])
+        return SimpleNamespace(sample=arguments[0])
+
+    policy._denoise(denoiser, *inputs(policy))
+    expected = policy.pipeline._get_add_time_ids((96, 96), (0, 0), (96, 96), torch.float32, 16)
+    assert torch.equal(seen[0], expected.expand(ROWS, -1))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "dance"}, "--sampler dance is one of flow models and .* is a diffusion model"),
+        ({"noise_level": 0.3}, "--noise-level is a setting of flow models .*; leave it out; DDIM takes --eta"),
+        ({"shift": 3.0}, "--shift is a setting of flow models"),
+        ({"normalized_log_prob": False}, "--normalized-log-prob is a setting of flow models"),
+    ],
+)
+def test_settings_of_flow_models_are_refused_elsewhere(models, family, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(models[family]).make_table(Config(**settings))
+
+
+@pytest.mark.parametrize("family", ["sd35", "flux"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": "ddim"}, "--sampler ddim is not one for .*; choose flow, dance, cps"),
+        ({"eta": 1.0}, "--eta is DDIM's; the samplers of flow models take --noise-level"),
+    ],
+)
+def test_settings_of_diffusion_models_are_refused_elsewhere(models, family, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(models[family]).make_table(Config(**settings))
+
+
+@pytest.mark.parametrize("preset", ["sd15", "sdxl", "sd35", "flux"])
+def test_presets_are_settings_that_their_models_take(models, preset):
+    settings = PRESETS[preset].resolved()
+    table = make_policy(models[preset], guidance_scale=settings.guidance_scale).make_table(settings)
+    assert len(table) == settings.num_inference_steps
+    zeta = {"sd35": 4.2967, "flux": 13.343}
+    if preset in zeta:
+        assert table.target_weight == pytest.approx(zeta[preset], rel=1e-4)
+        assert table.trainable.tolist() == [True] * (len(table) - 1) + [False]
