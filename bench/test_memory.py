@@ -1,0 +1,416 @@
+"""Peak memory of an epoch of Stable Diffusion 3.5, with every saving of memory and without each.
+
+The weights are random. On a GPU the parts are SD3.5-medium's own, in bfloat16. On a CPU they have fewer layers and
+channels, in float32; what does not depend on these is the same: latents, steps, group, tokens and their width. See
+docs/performance.md for what came out. `pytest bench/test_memory.py --save-results` writes the numbers.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import report
+import torch
+from cases import default_device
+from measure import PeakMemory, held_bytes
+
+LATENT = (16, 64, 64)
+SIDE = 512
+STEPS, GROUP, TOKENS = 10, 24, 77 + 256
+MICRO_BATCH = 4
+PHASES = ("rollout", "decode", "reward", "update")
+# what an epoch does without each of the savings
+UNSAVED = ("text encoders kept", "noise kept", "images decoded at once")
+VARIANTS = ("all savings", *UNSAVED, "no savings")
+# of a GPU: the real weights, and what an epoch makes of them
+GPU_BYTES = 60e9
+# of a measured difference: a CPU's is exact but for scalars, a GPU's allocator rounds blocks up by as much as 1 MiB
+SLACK = {"cpu": 2**18, "cuda": 2**24}
+
+INEXACT = "exact on a CPU only: a GPU's allocator rounds up, and libraries keep workspaces"
+
+# stabilityai/stable-diffusion-3.5-medium
+PARTS = {
+    "transformer": {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    },
+    "vae": {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "projection_dim": 768,
+    },
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+    },
+    "text_encoder_3": {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+}
+# what a CPU runs in seconds
+REDUCED = {
+    "transformer": {
+        "num_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 1,
+        "caption_projection_dim": 16,
+        "pos_embed_max_size": 64,
+        "dual_attention_layers": (0,),
+    },
+    "vae": {"block_out_channels": (4, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+    "text_encoder": {"num_hidden_layers": 1, "vocab_size": 512},
+    "text_encoder_2": {"num_hidden_layers": 1, "vocab_size": 512},
+    "text_encoder_3": {"num_layers": 1, "num_heads": 8, "d_ff": 512, "vocab_size": 512},
+}
+TEXT_ENCODERS = tuple(name for name in PARTS if name.startswith("text_encoder"))
+# the tokenizers know no other tokens: every word is the second
+CLIP_TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1}
+
+
+def make_parts(reduced):
+    """The pipeline's models by name, on PyTorch's default device and in its default dtype."""
+    import diffusers
+    import transformers
+
+    parts = {}
+    for name, settings in PARTS.items():
+        settings = settings | (REDUCED[name] if reduced else {})
+        if name == "transformer":
+            parts[name] = diffusers.SD3Transformer2DModel(**settings)
+        elif name == "vae":
+            parts[name] = diffusers.AutoencoderKL(**settings)
+        elif name == "text_encoder_3":
+            parts[name] = transformers.T5EncoderModel(transformers.T5Config(**settings))
+        else:
+            config = transformers.CLIPTextConfig(**settings, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+            parts[name] = transformers.CLIPTextModelWithProjection(config)
+    return parts
+
+
+def make_pipeline(device):
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    torch.manual_seed(0)
+    dtype, default = torch.bfloat16 if device.type == "cuda" else torch.float32, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            # a table of positions is float32 whatever the default
+            parts = {name: part.to(dtype) for name, part in make_parts(reduced=device.type == "cpu").items()}
+    finally:
+        torch.set_default_dtype(default)
+    clip = CLIPTokenizer(vocab=CLIP_TOKENS, merges=[], model_max_length=77)
+    t5 = T5TokenizerFast(vocab=[(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
+    tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
+    return StableDiffusion3Pipeline(**parts, **tokenizers, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def make_trainer(variant, device, folder):
+    from pcpo_fast.config import PRESETS
+    from pcpo_fast.policies import StableDiffusion3Policy
+    from pcpo_fast.trainer import Trainer
+
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a cat\n")
+    config = dataclasses.replace(
+        PRESETS["sd35"],
+        device=device.type,
+        dtype="bf16" if device.type == "cuda" else "fp32",
+        release_text_encoders="text encoders kept" not in without(variant),
+        resolution=SIDE,
+        num_inference_steps=STEPS,
+        prompts=str(prompts),
+        prompts_per_epoch=1,
+        group_size=GROUP,
+        micro_batch_size=MICRO_BATCH,
+        # every micro-batch takes the same, and every optimiser step after the first: a few are enough
+        timestep_fraction=1 / STEPS,
+        gradient_accumulation_steps=2,
+    ).resolved()
+    policy = StableDiffusion3Policy(make_pipeline(device), config, device)
+    if "images decoded at once" in without(variant):
+        policy.decode_batch = GROUP
+    return Trainer(config, policy, folder)
+
+
+def without(variant):
+    """What a variant does that the savings are there to avoid."""
+    return UNSAVED if variant == "no savings" else (variant,)
+
+
+@contextlib.contextmanager
+def noise_kept():
+    """Keeps z of every step until the epoch is over, as trainers do that store it."""
+    from pcpo_fast.ops import sampler_step
+
+    kept = []
+
+    def keeping(*arguments, **settings):
+        stepped = sampler_step(*arguments, **settings)
+        kept.append(stepped.noise)
+        return stepped
+
+    with mock.patch("pcpo_fast.rollout.sampler_step", keeping):
+        yield
+
+
+def epoch_bytes(variant, device, folder):
+    """Peak bytes of every phase and of the epoch, weights included; and what the rollout leaves for the update."""
+    from pcpo_fast.trainer import Signals
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        # they are of the size that the first to need them asked for, and stay
+        torch._C._cuda_clearCublasWorkspaces()
+    others = held_bytes(device)
+    trainer = make_trainer(variant, device, folder)
+    memory = PeakMemory(device)
+
+    def phase(name, call):
+        def marked(*arguments, **settings):
+            with memory.phase(name):
+                return call(*arguments, **settings)
+
+        return marked
+
+    trainer._rollout = phase("rollout", trainer._rollout)
+    trainer.policy.decode = phase("decode", trainer.policy.decode)
+    trainer.rewards = phase("reward", trainer.rewards)
+    trainer.update = phase("update", trainer.update)
+    before = held_bytes(device) - others
+    with noise_kept() if "noise kept" in without(variant) else contextlib.nullcontext(), memory:
+        record = trainer.run_epoch(Signals())
+    assert record["reward/not_finite"] == record["update/skipped_steps"] == 0
+    peaks = {name: before + memory.phases[name] for name in PHASES} | {"epoch": before + memory.peak}
+    return peaks | {"left by the rollout": memory.left["rollout"]}
+
+
+def weight_bytes(parts):
+    """Bytes of each model's weights and of what it stores beside them, such as a table of positions."""
+    return {
+        name: sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())
+        for name, model in parts.items()
+    }
+
+
+def real_weight_bytes():
+    """Of SD3.5-medium in bfloat16, from its configs alone."""
+    with torch.device("meta"):
+        # float32 throughout
+        return {name: size // 2 for name, size in weight_bytes(make_parts(reduced=False)).items()}
+
+
+def least_worth(device):
+    """Bytes that each saving takes off a phase's peak at the least, where it does."""
+    reduced = device.type == "cpu"
+    itemsize = 4 if reduced else 2
+    with torch.device("meta"):
+        weights = weight_bytes(make_parts(reduced))
+    encoders = sum(weights[name] for name in TEXT_ENCODERS) * itemsize // 4
+    noise = GROUP * STEPS * math.prod(LATENT) * 4
+    # the decoder's last upsampling convolution: its input and its output, less the images that slices add up to
+    channels = (PARTS["vae"] | (REDUCED["vae"] if reduced else {}))["block_out_channels"][1]
+    convolution = (GROUP - MICRO_BATCH) * 2 * channels * SIDE**2 * itemsize
+    images = GROUP * 3 * SIDE**2 * 4
+    return {
+        "text encoders kept": dict.fromkeys(PHASES, encoders),
+        # the rollout's peak may be anywhere in its last micro-batch
+        "noise kept": {"rollout": noise * (GROUP - MICRO_BATCH) // GROUP, **dict.fromkeys(PHASES[1:], noise)},
+        "images decoded at once": {"decode": convolution - images},
+    }
+
+
+class Study:
+    """Measures the variants on demand, and reports on them."""
+
+    def __init__(self, device, folder):
+        self.device, self.folder = device, folder
+        self.measured = {}
+
+    def measure(self, variant):
+        if variant not in self.measured:
+            folder = self.folder / variant.replace(" ", "-")
+            folder.mkdir()
+            self.measured[variant] = epoch_bytes(variant, self.device, folder)
+            gc.collect()
+        return self.measured[variant]
+
+    def difference(self, variant):
+        """Bytes per phase beyond those with all savings."""
+        peaks, least = self.measure(variant), self.measure("all savings")
+        return {name: peaks[name] - least[name] for name in PHASES}
+
+    def results(self):
+        return {
+            "device": report.device_name(self.device),
+            "torch": torch.__version__,
+            "model": describe(self.device),
+            "latents": [GROUP, STEPS, *LATENT],
+            "tokens": [TOKENS, PARTS["transformer"]["joint_attention_dim"]],
+            "micro_batch_size": MICRO_BATCH,
+            "bytes": {variant: self.measured[variant] for variant in VARIANTS if variant in self.measured},
+            "sd35_medium_bf16_bytes": real_weight_bytes(),
+        }
+
+
+def describe(device):
+    if device.type == "cuda":
+        return "SD3.5-medium as it is, in bfloat16"
+    real, reduced = PARTS["transformer"], PARTS["transformer"] | REDUCED["transformer"]
+    channels, fewer = PARTS["vae"]["block_out_channels"], REDUCED["vae"]["block_out_channels"]
+    return (
+        f"SD3.5-medium reduced, in float32: denoiser {reduced['num_layers']} layer of {real['num_layers']} and width "
+        f"{reduced['caption_projection_dim']} of {real['caption_projection_dim']}, autoencoder {fewer[0]} to "
+        f"{fewer[-1]} channels of {channels[0]} to {channels[-1]}, text encoders one layer each and T5's "
+        "narrow within"
+    )
+
+
+def markdown(results):
+    gib = {name: f"{size / 2**30:.2f}" for name, size in results["sd35_medium_bf16_bytes"].items()}
+    encoders = sum(results["sd35_medium_bf16_bytes"][name] for name in TEXT_ENCODERS)
+    least = results["bytes"].get("all savings")
+    lines = [
+        [
+            variant,
+            *(f"{peaks[name] / 2**20:.1f}" for name in (*PHASES, "epoch")),
+            f"{(peaks['epoch'] - least['epoch']) / 2**20:+.1f}" if least else "",
+        ]
+        for variant, peaks in results["bytes"].items()
+    ]
+    group, steps, *latent = results["latents"]
+    return "\n".join(
+        [
+            "## Memory of an epoch",
+            "",
+            f"{results['device']}, torch {results['torch']}. {results['model']}; random weights. {group} images of "
+            f"{SIDE} pixels, {steps} steps, latents {'x'.join(map(str, latent))}, guidance, "
+            f"{'x'.join(map(str, results['tokens']))} embeddings, LoRA, micro-batches of "
+            f"{results['micro_batch_size']}, one step of each image trained. Peak MiB, weights included:",
+            "",
+            *report.table(["epoch with", *PHASES, "whole epoch", "more"], lines),
+            "",
+            f"SD3.5-medium's weights in bfloat16, computed from its configs: denoiser {gib['transformer']} GiB, "
+            f"autoencoder {gib['vae']} GiB, text encoders {encoders / 2**30:.2f} GiB (CLIP-L {gib['text_encoder']}, "
+            f"CLIP-G {gib['text_encoder_2']}, T5-XXL {gib['text_encoder_3']}).",
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def study(request, tmp_path_factory, summary):
+    for package in ("diffusers", "transformers", "peft"):
+        pytest.importorskip(package)
+    device = default_device()
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < GPU_BYTES:
+        pytest.skip(f"the real model's epoch needs {GPU_BYTES / 1e9:.0f} GB of free GPU memory")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    study = Study(device, tmp_path_factory.mktemp("memory"))
+    yield study
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    results = study.results()
+    summary.append(markdown(results))
+    folder = request.config.getoption("--save-results")
+    if folder and len(study.measured) == len(VARIANTS):
+        path = report.device_folder(Path(folder), device) / "memory.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def test_peaks_of_phases():
+    device, unit = default_device(), 2**25
+
+    def held(units):
+        return torch.empty(units * unit, device=device, dtype=torch.uint8)
+
+    with PeakMemory(device) as memory:
+        first = held(3)
+        with memory.phase("one"):
+            second = held(2)
+            del first
+        with memory.phase("two"):
+            third = held(1)
+        del second, third
+    # a GPU's allocator may give a little more
+    assert memory.phases == pytest.approx({"one": 5 * unit, "two": 3 * unit}, rel=0.05)
+    assert memory.left == pytest.approx({"one": 2 * unit, "two": 3 * unit}, rel=0.05)
+    assert memory.peak == pytest.approx(5 * unit, rel=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_a_saving_is_worth_its_memory(variant, study):
+    more, worth, slack = study.difference(variant), least_worth(study.device), SLACK[study.device.type]
+    for phase in PHASES:
+        least = sum(worth[name].get(phase, 0) for name in without(variant))
+        if least:
+            assert more[phase] >= least - slack, phase
+
+
+@pytest.mark.parametrize("variant", VARIANTS[1:])
+def test_a_saving_is_worth_no_more_than_that(variant, study):
+    """In the phases where what is kept is all the difference."""
+    if study.device.type == "cuda":
+        pytest.skip(INEXACT)
+    more, worth, slack = study.difference(variant), least_worth(study.device), SLACK["cpu"]
+    for phase in ("reward", "update"):
+        assert more[phase] <= sum(worth[name].get(phase, 0) for name in without(variant)) + slack, phase
+
+
+def test_a_rollout_leaves_states_outputs_and_conditioning(study):
+    if study.device.type == "cuda":
+        pytest.skip(INEXACT)
+    denoiser = PARTS["transformer"]
+    conditioning = TOKENS * denoiser["joint_attention_dim"] + denoiser["pooled_projection_dim"]
+    expected = 4 * GROUP * ((2 * STEPS + 1) * math.prod(LATENT) + conditioning)
+    assert abs(study.measure("all savings")["left by the rollout"] - expected) < SLACK["cpu"]
+
+
+def test_the_epochs_peak_is_that_of_a_phase(study):
+    for variant in VARIANTS:
+        peaks = study.measure(variant)
+        assert peaks["epoch"] == max(peaks[name] for name in PHASES)
