@@ -1,8 +1,9 @@
 """A denoiser as a policy: prompts -> conditioning, latents -> model output, latents -> images.
 
 The trainer knows a policy by these members alone: `encode`, `predict`, `reference`, `decode`, `make_table`,
-`make_eval_table`, `latent_shape`, `dtype`, `device`, `trainable_parameters`, `save` and `load`. `DiffusersPolicy` has
-them for any diffusers pipeline; what one family of models has for itself is a subclass of a few lines.
+`make_eval_table`, `latent_shape`, `dtype`, `device`, `graph_key`, `trainable_parameters`, `save` and `load`.
+`DiffusersPolicy` has them for any diffusers pipeline; what one family of models has for itself is a subclass of a few
+lines.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -211,6 +212,19 @@ class DiffusersPolicy:
         plain = {"noise_level": 0.0, "credit": "native", "target_weight": None}
         return self.make_table(dataclasses.replace(config, **plain))
 
+    def graph_key(self) -> Hashable:
+        """Changes whenever a captured call of `predict` is no longer what a call would be: weights that lie elsewhere,
+        another adapter, dtype, resolution or guidance. Weights that change in place do not count."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapters = tuple(
+            (module.disable_adapters, tuple(module.active_adapters), tuple(getattr(module, "scaling", {}).values()))
+            for module in self.denoiser.modules()
+            if isinstance(module, BaseTunerLayer)
+        )
+        weights = tuple(parameter.data_ptr() for parameter in self.denoiser.parameters())
+        return self.dtype, self.latent_shape, self.guidance_scale, adapters, weights
+
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The float32 parameters that the optimiser updates, in a fixed order."""
         return [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
@@ -401,6 +415,12 @@ class StableDiffusionPolicy(DiffusersPolicy):
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """StableDiffusionXLPipeline: two text encoders, pooled embeddings, and the picture's size as time ids."""
 
+    def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
+        super().__init__(pipeline, config, device)
+        # original size, top left corner of the crop, target size
+        time_ids = [[self.side, self.side, 0, 0, self.side, self.side]]
+        self._time_ids = torch.tensor(time_ids, dtype=self.dtype, device=device)
+
     def _embed(self, prompt):
         embeddings, _, pooled, _ = self._encode_prompt(prompt, do_classifier_free_guidance=False)
         return Conditioning(embeddings, pooled)
@@ -411,9 +431,7 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         return Conditioning(embeddings, pooled)
 
     def _denoise(self, denoiser, sample, timestep, conditioning):
-        # original size, top left corner of the crop, target size
-        time_ids = sample.new_tensor([self.side, self.side, 0, 0, self.side, self.side]).expand(len(sample), -1)
-        added = {"text_embeds": conditioning.pooled, "time_ids": time_ids}
+        added = {"text_embeds": conditioning.pooled, "time_ids": self._time_ids.expand(len(sample), -1)}
         return denoiser(sample, timestep, conditioning.embeddings, added_cond_kwargs=added).sample
 
 

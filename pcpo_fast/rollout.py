@@ -1,9 +1,15 @@
-"""Rollouts: a policy run through a step table, step by step, keeping what the update needs."""
+"""Rollouts: a policy run through a step table, step by step, keeping what the update needs.
+
+One step (denoiser, sampler step, writing of the trajectory) reads and writes tensors that stay where they are: the
+step's number, the seed and the samples' indices are tensors on the device, too. So the same step serves every batch,
+and on a GPU it is captured once as a CUDA graph and replayed, with the weights and the noise of that moment.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +20,8 @@ from pcpo_fast.tables import StepTable
 
 # the stream of the latents that sampling starts from; stream 0 is the sampler steps' own
 INITIAL_LATENTS = 1
+# steps before a capture: libraries choose their algorithms and kernels are compiled
+WARM_UP_STEPS = 2
 
 
 @dataclasses.dataclass
@@ -24,11 +32,13 @@ class Trajectory:
     Attributes:
         states: float32 (N, T + 1, ...), the latents x before the first step and after every one.
         model_outputs: (N, T, ...) in the policy's dtype, the rounded, guided outputs m.
-        conditioning: of the N prompts.
+        prompt: int64 (N,), each sample's row of `conditioning`.
+        conditioning: of the distinct prompts.
     """
 
     states: Tensor
     model_outputs: Tensor
+    prompt: Tensor
     conditioning: Conditioning
 
     @property
@@ -38,14 +48,15 @@ class Trajectory:
 
     def mend(self) -> Tensor:
         """Overwrites the samples that are not finite by one that is, where there is one, so that nothing which is
-        computed from the rows meets a NaN. Returns which samples were finite, bool (N,).
+        computed from the rows meets a NaN. Returns which samples were finite, bool (N,), on the CPU.
 
-        A sampler keeps a latent that is not finite so, to the end: the last ones tell.
+        A sampler keeps a latent that is not finite so, to the end: the last ones tell. Waits for the rollout.
         """
-        finite = self.latents.isfinite().flatten(1).all(dim=1)
+        finite = self.latents.isfinite().flatten(1).all(dim=1).cpu()
         if finite.any() and not finite.all():
-            for values in (self.states, self.model_outputs, *self.conditioning.tensors()):
-                values[~finite] = values[finite][:1]
+            good, bad = int(finite.nonzero()[0]), (~finite).nonzero().squeeze(1).to(self.prompt.device)
+            for values in (self.states, self.model_outputs, self.prompt):
+                values[bad] = values[good].clone()
         return finite
 
 
@@ -53,50 +64,179 @@ class Interrupted(Exception):
     """The run was asked to stop in the middle of a rollout."""
 
 
-@torch.no_grad()
-def rollout(
-    policy: DiffusersPolicy,
-    table: StepTable,
-    conditioning: Conditioning,
-    *,
-    seed: int,
-    first_index: int,
-    batch_size: int,
-    record: bool = True,
-    after_step: Callable[[], None] = lambda: None,
-) -> Trajectory:
-    """Samples one latent per row of `conditioning`, `batch_size` at a time.
+class RolloutEngine:
+    """Samples with a policy, `batch_size` rows at a time, always of that one shape.
 
-    Noise depends on the seed, the sample's global index, the step and the element only: not on the batch size.
+    The tensors of a batch in flight are made once per number of steps. On a GPU so is the CUDA graph of a step: a
+    replay sees the weights, the table, the conditioning and the noise of its moment, since all of them are read where
+    they lie. What a replay would not see (`policy.graph_key()`: other weights, adapters, dtype, resolution, guidance)
+    is captured anew; all graphs share one memory pool. Elsewhere the step runs as it is written.
 
     Args:
         policy: the denoiser, with guidance.
-        table: the sampler, on the policy's device.
-        conditioning: of N prompts, from `policy.encode`.
-        seed: the run's seed.
-        first_index: global index of the first sample; the others follow.
-        batch_size: rows per call of the denoiser; the last call has fewer where it does not divide N.
-        record: keep the steps; without, there is only the last state, and T = 0.
-        after_step: called after every step of every batch, for progress; what it raises ends the rollout.
+        batch_size: rows per call of the denoiser; the last batch of a rollout is filled up.
+        graphs: capture the step; None means where the policy is on a GPU.
+
+    Raises:
+        ValueError: for graphs without a GPU.
     """
-    device, count = policy.device, len(conditioning)
-    steps, shape = len(table) if record else 0, policy.latent_shape
-    trajectory = Trajectory(
-        states=torch.empty((count, steps + 1, *shape), device=device),
-        model_outputs=torch.empty((count, steps, *shape), device=device, dtype=policy.dtype),
-        conditioning=conditioning,
-    )
-    for start in range(0, count, batch_size):
-        rows = slice(start, min(start + batch_size, count))
-        index = torch.arange(first_index + rows.start, first_index + rows.stop, device=device)
-        sample = sample_noise((len(index), *shape), table, 0, seed=seed, sample_index=index, stream=INITIAL_LATENTS)
-        for step in range(len(table)):
-            output = policy.predict(sample, table.timesteps[step].expand(len(index)), conditioning[rows])
-            stepped = sampler_step(output, sample, table, step, seed=seed, sample_index=index)
-            if record:
-                trajectory.states[rows, step] = sample
-                trajectory.model_outputs[rows, step] = stepped.model_output
-            sample = stepped.prev_sample
-            after_step()
-        trajectory.states[rows, -1] = sample
-    return trajectory
+
+    def __init__(self, policy: DiffusersPolicy, batch_size: int, *, graphs: bool | None = None) -> None:
+        on_gpu = policy.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise ValueError(f"graphs=True needs a CUDA device and the policy is on {policy.device}; leave it out")
+        self.policy, self.batch_size = policy, batch_size
+        self.graphs = on_gpu if graphs is None else graphs
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self._steps: dict[Hashable, _Step] = {}
+        self._graph_key: Hashable = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        table: StepTable,
+        conditioning: Conditioning,
+        prompt: Tensor,
+        *,
+        seed: int,
+        first_index: int,
+        record: bool = True,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> Trajectory:
+        """Samples N latents, one per element of `prompt`.
+
+        Noise depends on the seed, the sample's global index, the step and the element only: not on the batch size.
+
+        Args:
+            table: the sampler, on the policy's device.
+            conditioning: of distinct prompts, from `policy.encode`.
+            prompt: int64 (N,), each sample's row of `conditioning`, on the policy's device.
+            seed: the run's seed.
+            first_index: global index of the first sample; the others follow.
+            record: keep the steps; without, there is only the last state, and T = 0.
+            after_step: called after every step of every batch, for progress; what it raises ends the rollout. On a GPU
+                the step may then still be running.
+        """
+        policy, count, steps = self.policy, len(prompt), len(table) if record else 0
+        trajectory = Trajectory(
+            states=torch.empty((count, steps + 1, *policy.latent_shape), device=policy.device),
+            model_outputs=torch.empty((count, steps, *policy.latent_shape), device=policy.device, dtype=policy.dtype),
+            prompt=prompt,
+            conditioning=conditioning,
+        )
+        step = self._step(table, conditioning, record)
+        for start in range(0, count, self.batch_size):
+            # rows past the end only fill up the batch
+            rows = torch.arange(start, start + self.batch_size, device=policy.device)
+            step.begin(conditioning[prompt[rows.clamp(max=count - 1)]], rows + first_index, seed)
+            for _ in range(len(table)):
+                step.run()
+                after_step()
+            filled = slice(start, min(start + self.batch_size, count))
+            step.finish(trajectory.states[filled], trajectory.model_outputs[filled])
+        return trajectory
+
+    def _step(self, table: StepTable, conditioning: Conditioning, record: bool) -> _Step:
+        """The tensors and the graph for this table and conditioning, made now or before, filled with the table."""
+        graph_key = self.policy.graph_key()
+        if graph_key != self._graph_key:
+            self._steps.clear()
+            self._graph_key = graph_key
+        key = len(table), record, tuple((tensor.shape[1:], tensor.dtype) for tensor in conditioning.tensors())
+        if key not in self._steps:
+            step = self._steps[key] = _Step(self.policy, table, conditioning, self.batch_size, record)
+            if self.graphs:
+                step.capture(self._pool)
+        step = self._steps[key]
+        step.set_table(table)
+        return step
+
+
+class _Step:
+    """A sampler step of one batch, in tensors that stay where they are, and its CUDA graph if it was captured."""
+
+    def __init__(
+        self, policy: DiffusersPolicy, table: StepTable, conditioning: Conditioning, batch_size: int, record: bool
+    ) -> None:
+        device, shape, steps = policy.device, (batch_size, *policy.latent_shape), len(table)
+        self.policy = policy
+        # only its rows and its timesteps are read; `set_table` writes those of another table over them
+        self.table = dataclasses.replace(table, timesteps=table.timesteps.clone())
+        self.conditioning = conditioning[torch.zeros(batch_size, dtype=torch.int64, device=device)]
+        self.sample = torch.zeros(shape, device=device)
+        self.sample_index = torch.arange(batch_size, device=device)
+        self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        # the step's number, one per row as the ops take it
+        self.step = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.states = self.model_outputs = None
+        if record:
+            self.states = torch.empty((batch_size, steps, *shape[1:]), device=device)
+            self.model_outputs = torch.empty((batch_size, steps, *shape[1:]), device=device, dtype=policy.dtype)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def set_table(self, table: StepTable) -> None:
+        self.table.rows.copy_(table.rows)
+        self.table.timesteps.copy_(table.timesteps)
+
+    def begin(self, conditioning: Conditioning, sample_index: Tensor, seed: int) -> None:
+        """Puts a batch at its first step, its latents drawn."""
+        for mine, given in zip(self.conditioning.tensors(), conditioning.tensors(), strict=True):
+            mine.copy_(given)
+        self.sample_index.copy_(sample_index)
+        self.seed.fill_(seed)
+        self.step.zero_()
+        self.sample.copy_(
+            sample_noise(
+                tuple(self.sample.shape),
+                self.table,
+                self.step,
+                seed=self.seed,
+                sample_index=self.sample_index,
+                stream=INITIAL_LATENTS,
+            )
+        )
+
+    def run(self) -> None:
+        if self.graph is None:
+            self._advance()
+        else:
+            self.graph.replay()
+
+    def finish(self, states: Tensor, model_outputs: Tensor) -> None:
+        """Copies the first rows of what was recorded to (rows, T + 1, ...) and (rows, T, ...), or the last latents to
+        (rows, 1, ...)."""
+        if self.states is not None and self.model_outputs is not None:
+            states[:, :-1].copy_(self.states[: len(states)])
+            model_outputs.copy_(self.model_outputs[: len(states)])
+        states[:, -1].copy_(self.sample[: len(states)])
+
+    def capture(self, pool: Any) -> None:
+        """Records `_advance` as a CUDA graph, after some steps that nothing comes of."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_STEPS):
+                self.step.zero_()
+                self._advance()
+        current.wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self._advance()
+
+    def _advance(self) -> None:
+        """x to x', the step's number to the next."""
+        output = self.policy.predict(self.sample, self.table.timesteps[self.step], self.conditioning)
+        stepped = sampler_step(
+            output,
+            self.sample,
+            self.table,
+            self.step,
+            seed=self.seed,
+            sample_index=self.sample_index,
+            return_noise=False,
+        )
+        if self.states is not None and self.model_outputs is not None:
+            self.states.index_copy_(1, self.step[:1], self.sample.unsqueeze(1))
+            self.model_outputs.index_copy_(1, self.step[:1], stepped.model_output.unsqueeze(1))
+        self.sample.copy_(stepped.prev_sample)
+        self.step.add_(1)

@@ -37,7 +37,7 @@ from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
 from pcpo_fast.policies import DiffusersPolicy
 from pcpo_fast.rewards import RewardError, RewardSet
-from pcpo_fast.rollout import Interrupted, Trajectory, rollout
+from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.tables import StepTable
 
 # evaluation draws its noise from global sample indices that no training run reaches
@@ -67,12 +67,15 @@ class Trainer:
         self.eval_table = policy.make_eval_table(config).to(policy.device)
         if config.release_text_encoders:
             policy.release_text_encoders(self.prompts)
+        self.engine = RolloutEngine(policy, config.micro_batch_size)
         self.optimizer = torch.optim.AdamW(
             policy.trainable_parameters(),
             lr=config.learning_rate or 0.0,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            # it can be told on the device to leave a step out
+            fused=True,
         )
         self.ema = _make_ema(policy.trainable_parameters(), config.ema_decay) if config.ema_decay else None
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
@@ -147,12 +150,13 @@ class Trainer:
         prompts = self._draw_prompts(generator)
         self.table = self.windows.table(number, generator)
         trajectory = self._rollout(prompts, self.table, self.next_sample, signals)
+        # waits for the GPU, as the rewards would
+        whole = trajectory.mend()
         sampled = time.perf_counter()
 
-        images = self.policy.decode(trajectory.latents)
-        rewards, scores = self.rewards(images, prompts)
+        rewards, scores = self.rewards(self.policy.decode(trajectory.latents), prompts)
         # what is left out gets advantage 0, which makes nothing of a finite row and NaN of another
-        rewards[~trajectory.mend().cpu()] = math.nan
+        rewards[~whole] = math.nan
         finite = rewards.isfinite()
         if not finite.any():
             raise RewardError(
@@ -180,12 +184,15 @@ class Trainer:
         }
 
     def update(self, trajectory: Trajectory, advantages: Tensor, generator: torch.Generator) -> Record:
-        """Passes over the rows of a trajectory, with an optimiser step per group of micro-batches."""
-        config, parameters = self.config, self.policy.trainable_parameters()
+        """Passes over the rows of a trajectory, with an optimiser step per group of micro-batches.
+
+        What is measured stays on the device until the end, so that nothing in between waits for a GPU.
+        """
+        config = self.config
         seen: list[tuple[Tensor, PolicyLoss]] = []
-        norms: list[float] = []
+        norms: list[Tensor] = []
         # micro-batches before the first optimiser step: there the policy is still the one that sampled
-        on_policy = skipped = 0
+        on_policy = 0
         for _ in range(config.inner_epochs):
             micro_batches = list(self.micro_batches(len(advantages), generator))
             starts = range(0, len(micro_batches), config.gradient_accumulation_steps)
@@ -196,22 +203,27 @@ class Trainer:
                     self.scaler.scale(result.loss / len(group)).backward()
                     seen.append((step, result._replace(loss=result.loss.detach())))
                 on_policy = on_policy or len(group)
-                self.scaler.unscale_(self.optimizer)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-                # the one wait for the GPU per optimiser step: a gradient that is not finite must not reach the weights
-                if math.isfinite(norm):
-                    self.scaler.step(self.optimizer)
-                    norms.append(norm)
-                    if self.ema is not None:
-                        self.ema.step(parameters)
-                else:
-                    skipped += 1
-                self.scaler.update()
-                self.optimizer.zero_grad()
+                norms.append(self._optimizer_step())
         record = self._summary(seen, on_policy)
-        record["update/grad_norm"] = sum(norms) / len(norms) if norms else None
-        record["update/skipped_steps"] = skipped
+        norm = torch.stack(norms).cpu()
+        record["update/grad_norm"] = _finite_mean(norm)
+        record["update/skipped_steps"] = int((~norm.isfinite()).sum())
         return record
+
+    def _optimizer_step(self) -> Tensor:
+        """One step along the gradients that have gathered; none if they are not finite. Returns their norm, 0-d."""
+        parameters = self.policy.trainable_parameters()
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        # fused AdamW leaves weights and moments as they are where this is 1
+        found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(parameters)
+        return norm
 
     def micro_batches(self, samples: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of one pass, shuffled across samples and steps, as (sample index, step index) per micro-batch."""
@@ -221,13 +233,16 @@ class Trainer:
         step = trained[chosen].flatten()
         sample = torch.arange(samples).repeat_interleave(count)
         order = torch.randperm(samples * count, generator=generator)
-        for rows in order.split(self.config.micro_batch_size):
-            yield sample[rows].to(self.policy.device), step[rows].to(self.policy.device)
+        sample, step = (
+            index[order].to(self.policy.device).split(self.config.micro_batch_size) for index in (sample, step)
+        )
+        yield from zip(sample, step, strict=True)
 
     def loss(self, trajectory: Trajectory, advantages: Tensor, sample: Tensor, step: Tensor) -> PolicyLoss:
         """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
         config, table = self.config, self.table
-        inputs = trajectory.states[sample, step], table.timesteps[step], trajectory.conditioning[sample]
+        conditioning = trajectory.conditioning[trajectory.prompt[sample]]
+        inputs = trajectory.states[sample, step], table.timesteps[step], conditioning
         output = self.policy.predict(*inputs)
         return policy_loss(
             output,
@@ -273,22 +288,20 @@ class Trainer:
         self, prompts: list[str], table: StepTable, first_index: int, signals: Signals | None, record: bool = True
     ) -> Trajectory:
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        conditioning = self.policy.encode(list(distinct))[[distinct[prompt] for prompt in prompts]]
-        size = self.config.micro_batch_size
-        with tqdm(total=math.ceil(len(prompts) / size) * len(table), desc="rollout", leave=False, disable=None) as bar:
+        batches = math.ceil(len(prompts) / self.config.micro_batch_size)
+        with tqdm(total=batches * len(table), desc="rollout", leave=False, disable=None) as bar:
 
             def after_step() -> None:
                 bar.update()
                 if signals is not None and signals.received:
                     raise Interrupted
 
-            return rollout(
-                self.policy,
+            return self.engine(
                 table,
-                conditioning,
+                self.policy.encode(list(distinct)),
+                torch.tensor([distinct[prompt] for prompt in prompts], device=self.policy.device),
                 seed=self.config.seed,
                 first_index=first_index,
-                batch_size=size,
                 record=record,
                 after_step=after_step,
             )

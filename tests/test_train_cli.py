@@ -223,7 +223,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(long, whole, 
     ("number", "file", "function", "count"),
     [
         # the first epoch's rollout comes after the evaluation's, which has 3 steps of one batch
-        (signal.SIGINT, "pcpo_fast/rollout.py", "rollout", 10),
+        (signal.SIGINT, "pcpo_fast/rollout.py", "_advance", 2),
         (signal.SIGTERM, "pcpo_fast/policies.py", "_guided", 60),
         (signal.SIGINT, "pcpo_fast/ops.py", "policy_loss", 20),
         (signal.SIGTERM, "pcpo_fast/metrics.py", "save_curves", 5),
@@ -357,14 +357,14 @@ def test_resuming_with_more_epochs_and_another_learning_rate(whole, tmp_path):
 
 def test_noise_is_never_used_twice(model, tmp_path, monkeypatch):
     """Also where a resumed run samples more or less per epoch than before."""
-    run, ranges, rollout = tmp_path / "run", [], trainer.rollout
+    run, ranges, rollout = tmp_path / "run", [], trainer.RolloutEngine.__call__
 
-    def watched(policy, table, conditioning, *, first_index, **settings):
+    def watched(engine, table, conditioning, prompt, *, first_index, **settings):
         if settings["record"]:
-            ranges.append((first_index, first_index + len(conditioning)))
-        return rollout(policy, table, conditioning, first_index=first_index, **settings)
+            ranges.append((first_index, first_index + len(prompt)))
+        return rollout(engine, table, conditioning, prompt, first_index=first_index, **settings)
 
-    monkeypatch.setattr(trainer, "rollout", watched)
+    monkeypatch.setattr(trainer.RolloutEngine, "__call__", watched)
     assert main(command(model, run, epochs=2)) == 0
     for epochs, group_size in ((3, 4), (5, 2)):
         assert main([*command(model, run, epochs=epochs, group_size=group_size), "--resume"]) == 0

@@ -5,7 +5,6 @@ import pytest
 import torch
 from pipelines import make_trainer, records, save_stable_diffusion
 
-from pcpo_fast import trainer as trainer_module
 from pcpo_fast.trainer import Signals
 
 pytest_plugins = "pipelines"
@@ -74,7 +73,8 @@ def published_loss(trainer, trajectory, advantages):
     losses, log_ratios = [], []
     for step, row in enumerate(published_sampler(policy.pipeline.scheduler, steps, config.credit)):
         timestep, at, ap, std, weight = row
-        inputs = trajectory.states[:, step], torch.full((samples,), timestep), trajectory.conditioning
+        conditioning = trajectory.conditioning[trajectory.prompt]
+        inputs = trajectory.states[:, step], torch.full((samples,), timestep), conditioning
         new = policy.predict(*inputs).double()
         old = trajectory.model_outputs[:, step].double()
         x, x_prev = states[:, step], states[:, step + 1]
@@ -440,16 +440,19 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(model, tmp_path, m
     )
     parameters = trainer.policy.trainable_parameters()
     before = [parameter.detach().clone() for parameter in parameters]
-    taken = []
-    trainer.optimizer.register_step_pre_hook(
-        lambda *_: taken.append([parameter.detach().clone() for parameter in parameters])
-    )
+    after = []
+
+    def note(*_):
+        moments = [tensor.clone() for state in trainer.optimizer.state.values() for tensor in state.values()]
+        after.append(([parameter.detach().clone() for parameter in parameters], moments))
+
+    trainer.optimizer.register_step_post_hook(note)
     trainer.metrics.write(trainer.run_epoch(Signals()))
-    # the good step found the weights as they were, and its gradient finite
-    assert len(taken) == 1
-    assert all(torch.equal(a, b) for a, b in zip(before, taken[0], strict=True))
-    assert all(parameter.isfinite().all() for parameter in parameters)
-    assert not all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    (weights, moments), (final, _) = after
+    assert all(torch.equal(a, b) for a, b in zip(before, weights, strict=True))
+    assert moments and not any(tensor.any() for tensor in moments)
+    assert all(parameter.isfinite().all() for parameter in final)
+    assert not all(torch.equal(a, b) for a, b in zip(before, final, strict=True))
     (record,) = records(tmp_path)
     assert record["update/skipped_steps"] == 1
     assert math.isfinite(record["update/grad_norm"])
@@ -489,15 +492,14 @@ def test_prompts_are_distinct_while_there_are_enough(model, tmp_path):
 def test_evaluation_repeats_itself_and_does_not_train_on_its_noise(model, tmp_path, monkeypatch):
     """The same images whenever it is called, with the sampler's native noise whatever the credit."""
     trainer = make_trainer(model, tmp_path, credit="proportionate")
-    tables, indices = [], []
-    inner = trainer_module.rollout
+    tables, indices, engine = [], [], trainer.engine
 
-    def watched(policy, table, *arguments, first_index, **settings):
+    def watched(table, *arguments, first_index, **settings):
         tables.append(table)
         indices.append(first_index)
-        return inner(policy, table, *arguments, first_index=first_index, **settings)
+        return engine(table, *arguments, first_index=first_index, **settings)
 
-    monkeypatch.setattr(trainer_module, "rollout", watched)
+    monkeypatch.setattr(trainer, "engine", watched)
     first, second = trainer.evaluate("before"), trainer.evaluate("after")
     assert first == second
     assert (tmp_path / "samples_before.png").read_bytes() == (tmp_path / "samples_after.png").read_bytes()
