@@ -38,12 +38,16 @@ from .philox import normal_block
 
 SUMS = tl.constexpr(2)
 ROWS_BLOCK = tl.constexpr(128)
+# what a number that overflows is taken for
+LARGEST = tl.constexpr(3.0e38)
 
 
 @triton.jit
 def _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE: tl.constexpr):
     """A row's loss, its derivative by -log rho, and whether it is clipped."""
+    # what overflows times an advantage of 0 is 0; NaN stays NaN
     if OBJECTIVE == "pcpo":
+        log_ratio = tl.where(log_ratio > LARGEST, LARGEST, tl.where(log_ratio < -LARGEST, -LARGEST, log_ratio))
         sign = tl.where(advantage > 0, 1.0, tl.where(advantage < 0, -1.0, 0.0))
         clipped = sign * log_ratio >= clip_range
         loss = tl.where(clipped, 0.0, clip_range * tl.abs(advantage) - advantage * log_ratio)
@@ -54,8 +58,7 @@ def _objective(log_ratio, advantage, clip_range, highest, lowest, OBJECTIVE: tl.
         below = (advantage < 0) & (log_ratio < lowest)
         clipped = above | below
         ratio = tl.exp(tl.where(above, highest, tl.where(below, lowest, log_ratio)))
-        # a ratio that overflows times an advantage of 0 is 0; NaN stays NaN
-        slope = advantage * tl.where(ratio > 3.0e38, 3.0e38, ratio)
+        slope = advantage * tl.where(ratio > LARGEST, LARGEST, ratio)
         loss = -slope
     return loss, tl.where(clipped, 0.0, slope), clipped
 

@@ -104,9 +104,9 @@ class Checkpoints:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if ema is not None:
             # a run that had no average begins one at its weights
-            has_average = state["ema_steps"] is not None
-            policy.load(path / ("ema" if has_average else "weights"))
-            ema.optimization_step = state["ema_steps"] or 0
+            steps = state.get("ema_steps")
+            policy.load(path / ("weights" if steps is None else "ema"))
+            ema.optimization_step = steps or 0
             for shadow, parameter in zip(ema.shadow_params, policy.trainable_parameters(), strict=True):
                 shadow.copy_(parameter.detach())
         policy.load(path / "weights")

@@ -10,6 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pcpo_fast.tables import Credit
 
+Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "xformers", "flash"]
+
+# what the pipelines of SD3 and FLUX allow
+MAX_T5_TOKENS = 512
 ASSETS = Path(__file__).parent / "assets"
 # of the samplers of flow models: what their authors use
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
@@ -34,8 +38,15 @@ class Config:
     """Names of the denoiser's layers that get an adapter; none means those that are usual for the model."""
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the denoiser and of the stored model outputs; trained weights and latents stay in fp32."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention backend of the denoiser."""
+    attention: Attention = "sdpa"
+    """Attention of the denoiser: PyTorch's, by the kernel that it picks (sdpa) or a given one of its kernels; xformers;
+    or flash-attn, for FLUX."""
+    compile: bool = False
+    """torch.compile the denoiser's transformer blocks, each kind once."""
+    channels_last: bool = False
+    """Keep the denoiser's latents channels last, for convolutions (UNets with LoRA)."""
+    tf32: bool = False
+    """Let a GPU round the inputs of fp32 matrix products and convolutions to TF32."""
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"."""
     max_sequence_length: int | None = None
@@ -62,11 +73,12 @@ class Config:
     window_size: int | None = None
     """Steps of a rollout that draw noise and are trained, all others following the ODE; none means all."""
     window: Literal["fixed", "random", "sliding"] = "fixed"
-    """Where the window lies in its range: at the start, drawn anew every epoch, or one step later every epoch."""
+    """Where the window lies in its range: at the start, drawn anew every epoch, or one step later every epoch, and at
+    the start again after the end."""
     window_range: tuple[int, int] | None = None
     """First step of the window's range and the step after its last; none means all that draw noise."""
     guidance_scale: float = 5.0
-    """Classifier-free guidance, at rollout and in training; 1 turns it off."""
+    """Guidance at rollout and in training: classifier-free, which 1 turns off; for FLUX what the model is told."""
 
     # algorithm
     objective: Literal["pcpo", "ppo", "guard"] = "pcpo"
@@ -112,6 +124,11 @@ class Config:
     """Share of each image's steps that is trained, drawn anew for every image and pass."""
     micro_batch_size: int = 32
     """Rows (one image at one step) per call of the denoiser, in sampling and in training alike."""
+    gradient_checkpointing: bool = False
+    """Compute the denoiser's activations again in the backward pass, to save their memory."""
+    old_outputs: Literal["rollout", "recompute"] = "rollout"
+    """Model outputs that an update starts from: as the rollout stored them; or computed again before the update, for
+    settings whose forward pass in training differs from the rollout's, such as --compile."""
     gradient_accumulation_steps: int = 10
     """Micro-batches per optimiser step."""
 
@@ -177,11 +194,16 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{_flag(name)} {value} must be a finite number above 0; leave it out for the default")
+        if (self.max_sequence_length or 0) > MAX_T5_TOKENS:
+            raise ValueError(
+                f"--max-sequence-length {self.max_sequence_length} must be at most {MAX_T5_TOKENS}, as SD3 and FLUX "
+                "have it"
+            )
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie in [0, 1)")
         if not 1 <= self.guidance_scale < float("inf"):
-            raise ValueError(f"--guidance-scale {self.guidance_scale} must be at least 1 (1 means no guidance)")
+            raise ValueError(f"--guidance-scale {self.guidance_scale} must be at least 1")
         if not 0 < self.timestep_fraction <= 1:
             raise ValueError(f"--timestep-fraction {self.timestep_fraction} must lie in (0, 1]")
         if self.seed >= 2**62:
@@ -218,6 +240,15 @@ class Config:
             raise ValueError("--rewards is empty; name at least one reward")
         if self.window_size is None and (self.window != "fixed" or self.window_range is not None):
             raise ValueError("--window and --window-range place a window of steps; give its --window-size too")
+        if self.lora_target_modules is not None and self.tuning == "full":
+            raise ValueError(
+                "--lora-target-modules is a setting of --tuning lora and the tuning is full; leave it out, or use lora"
+            )
+        if self.channels_last and self.tuning == "full":
+            raise ValueError(
+                "--channels-last moves frozen weights only and --tuning full leaves none; leave it out, or use "
+                "--tuning lora"
+            )
         if self.resume and self.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")
 
@@ -401,7 +432,12 @@ def _is_a(value: Any, type_: Any) -> bool:
     if get_origin(type_) is Literal:
         return value in get_args(type_)
     if get_origin(type_) is tuple:
-        return isinstance(value, list) and all(_is_a(item, get_args(type_)[0]) for item in value)
+        if not isinstance(value, list):
+            return False
+        members = get_args(type_)
+        if members[-1] is Ellipsis:
+            return all(_is_a(item, members[0]) for item in value)
+        return len(value) == len(members) and all(map(_is_a, value, members))
     # JSON writes 1.0 as 1, and Python counts True as 1
     accepted = (int, float) if type_ is float else type_
     return isinstance(value, accepted) and (type_ is bool or not isinstance(value, bool))

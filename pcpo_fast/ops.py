@@ -408,7 +408,7 @@ def _check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> T
     _check_device("table", table.rows, model_output)
     if table.rows.dtype != torch.float32:
         raise ValueError(f"table.rows has dtype {table.rows.dtype}; convert it with .float(), as StepTable has it")
-    if table.rows.shape[1] != TABLE_COLUMNS:
+    if table.rows.shape[1:] != (TABLE_COLUMNS,):
         raise ValueError(
             f"table.rows has shape {tuple(table.rows.shape)}; give (T, {TABLE_COLUMNS}), as StepTable has it"
         )

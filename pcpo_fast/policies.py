@@ -1,7 +1,8 @@
 """A denoiser as a policy: prompts -> conditioning, latents -> model output, latents -> images.
 
 The trainer knows a policy by these members alone: `encode`, `predict`, `reference`, `decode`, `make_table`,
-`make_eval_table`, `latent_shape`, `dtype`, `device`, `graph_key`, `trainable_parameters`, `save` and `load`.
+`make_eval_table`, `latent_shape`, `dtype`, `device`, `graph_key`, `trainable_parameters`, `save`, `load` and
+`release_text_encoders`.
 `DiffusersPolicy` has them for any diffusers pipeline; what one family of models has for itself is a subclass of a few
 lines.
 """
@@ -20,10 +21,23 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from pcpo_fast.config import ASSETS, NOISE_LEVELS, Config
 from pcpo_fast.tables import StepTable, ddim_table, flow_table, shifted_sigmas
 
+# PyTorch's own kernels, one of which it picks where none is named
+SDPA_KERNELS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+# by the setting: the module, and what to install
+ATTENTION_PACKAGES = {"xformers": ("xformers", "'pcpo-fast[xformers]'"), "flash": ("flash_attn", "flash-attn")}
+# kinds of block times shapes of latents times with and without gradients, and room
+COMPILED_VARIANTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the models that come with the package
 EMBEDDED = {"digits": ASSETS / "digits", "digits-flow": ASSETS / "digits_flow"}
@@ -65,9 +79,10 @@ class Conditioning:
 class DiffusersPolicy:
     """The denoiser of a diffusers pipeline, with classifier-free guidance, as a policy.
 
-    Frozen weights are kept in the policy's dtype and trained ones in float32; with bf16 and fp16 the denoiser runs
-    under autocast. The guided output is combined in float32 and rounded once to the policy's dtype, by the same code at
-    rollout and in training, so that the ratio before the first update is exactly 1.
+    Trained weights are kept in float32 and frozen ones as the pipeline has them, which `load_policy` loads in the
+    policy's dtype; with bf16 and fp16 the denoiser runs under autocast. The guided output is combined in float32 and
+    rounded once to the policy's dtype, by the same code at rollout and in training, so that the ratio before the first
+    update is exactly 1.
     """
 
     # the denoiser's name in the pipeline
@@ -76,6 +91,8 @@ class DiffusersPolicy:
     samplers: ClassVar[tuple[str, ...]] = ("flow", "dance", "cps")
     # a pixel side must be a multiple of the autoencoder's scale factor times this
     patch_size: ClassVar[int] = 1
+    # the classes of the denoiser's blocks that --compile compiles
+    transformer_blocks: ClassVar[tuple[str, ...]]
 
     def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
         self.pipeline = pipeline
@@ -99,10 +116,10 @@ class DiffusersPolicy:
         if config.tuning == "lora":
             self._add_adapter(config)
         else:
-            self.denoiser.requires_grad_(True)
-        if config.attention == "xformers":
-            for denoiser in filter(None, (self.denoiser, self._frozen)):
-                self._use_xformers(denoiser)
+            self.denoiser.float().requires_grad_(True)
+        self._attention = SDPA_KERNELS.get(config.attention)
+        for denoiser in filter(None, (self.denoiser, self._frozen)):
+            self._set_execution(denoiser, config)
 
         scale = pipeline.vae_scale_factor
         side = config.resolution or self._default_side()
@@ -168,9 +185,13 @@ class DiffusersPolicy:
     def decode(self, latents: Tensor) -> Tensor:
         """Images, float32 (N, 3, H, W) in [0, 1], of latents (N, *latent_shape); some at a time."""
         vae = self.pipeline.vae
-        shift = vae.config.get("shift_factor") or 0.0
+        scale, shift = 1 / vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+        if mean is not None and std is not None:
+            shift, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (mean, std))
+            scale = scale * std
         images = [
-            vae.decode((self._unpack(batch) / vae.config.scaling_factor + shift).to(vae.dtype)).sample.float()
+            vae.decode((self._unpack(batch) * scale + shift).to(vae.dtype)).sample.float()
             for batch in latents.split(self.decode_batch)
         ]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
@@ -198,7 +219,9 @@ class DiffusersPolicy:
             "window": window,
         }
         if config.shift is not None:
-            return flow_table(shifted_sigmas(config.num_inference_steps, config.shift), **settings)
+            training_steps = self.pipeline.scheduler.config.num_train_timesteps
+            sigmas = shifted_sigmas(config.num_inference_steps, config.shift)
+            return flow_table(sigmas, num_train_timesteps=training_steps, **settings)
         return flow_table.from_scheduler(
             self.pipeline.scheduler,
             config.num_inference_steps,
@@ -208,7 +231,7 @@ class DiffusersPolicy:
         )
 
     def make_eval_table(self, config: Config) -> StepTable:
-        """The sampler that users of the model have, whatever it is trained with: for flow models the ODE."""
+        """The sampler that users of the model have, on the same schedule: for flow models the ODE."""
         plain = {"noise_level": 0.0, "credit": "native", "target_weight": None}
         return self.make_table(dataclasses.replace(config, **plain))
 
@@ -237,9 +260,12 @@ class DiffusersPolicy:
             return
         from peft import get_peft_model_state_dict
 
+        # a set, whose order is another one in every process
+        metadata = self.denoiser.peft_config["default"].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])
         layers = {
             f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(self.denoiser),
-            f"{self.denoiser_name}_lora_adapter_metadata": self.denoiser.peft_config["default"].to_dict(),
+            f"{self.denoiser_name}_lora_adapter_metadata": metadata,
         }
         self.pipeline.save_lora_weights(folder, **layers)
 
@@ -313,10 +339,52 @@ class DiffusersPolicy:
         """The number of patches, which dynamic shifting goes by."""
         return (self.side // self.pipeline.vae_scale_factor // self.patch_size) ** 2
 
-    def _use_xformers(self, denoiser: Any) -> None:
-        denoiser.set_attention_backend("xformers")
+    def _use_attention_package(self, denoiser: Any, name: str) -> None:
+        """Sets a denoiser's attention to that of the package `name`, "xformers" or "flash".
+
+        Raises:
+            ValueError: for one that diffusers does not offer for this denoiser.
+        """
+        if name == "flash":
+            raise ValueError(
+                f"--attention flash is for FLUX alone, and the model is a {type(self.pipeline).__name__}; use "
+                "--attention sdpa-flash, PyTorch's own flash attention"
+            )
+        denoiser.enable_xformers_memory_efficient_attention()
 
     # shared
+
+    def _set_execution(self, denoiser: Any, config: Config) -> None:
+        """How the denoiser is run; what it computes stays the same but for rounding."""
+        if config.attention in ATTENTION_PACKAGES:
+            self._use_attention_package(denoiser, config.attention)
+        if config.channels_last:
+            if self.denoiser_name != "unet":
+                raise ValueError(
+                    f"--channels-last is for the convolutions of UNets, and {type(self.pipeline).__name__} has a "
+                    "transformer; leave it out"
+                )
+            # trained weights are saved as they lie
+            for weight in denoiser.parameters():
+                if weight.dim() == 4 and not weight.requires_grad:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(self._checkpoint)
+        if config.compile:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
+            for module in denoiser.modules():
+                if type(module).__name__ in self.transformer_blocks:
+                    module.compile(dynamic=False)
+
+    def _checkpoint(self, module: torch.nn.Module, *inputs: Any) -> Any:
+        # the backward pass computes the activations again outside of `_run`
+        def contexts():
+            return contextlib.nullcontext(), self._chosen_attention()
+
+        return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def _chosen_attention(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._attention is None else sdpa_kernel(self._attention)
 
     def _guided(self, denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         if self._uncond is None:
@@ -328,7 +396,8 @@ class DiffusersPolicy:
 
     def _run(self, denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         mixed = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext():
+        autocast = torch.autocast(self.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        with autocast, self._chosen_attention():
             return self._denoise(denoiser, sample.to(self.dtype), timestep, conditioning)
 
     def _text_encoder_names(self) -> list[str]:
@@ -357,11 +426,19 @@ class DiffusersPolicy:
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
+        targets = config.lora_target_modules or self.lora_target_modules
+        layers = [name for name, _ in self.denoiser.named_modules()]
+        for target in config.lora_target_modules or ():
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                raise ValueError(
+                    f"--lora-target-modules {target} names no layer of {type(self.denoiser).__name__}; give the ends "
+                    f"of layers' names, such as {self.lora_target_modules[0]}"
+                )
         self.denoiser.add_adapter(
             LoraConfig(
                 r=config.lora_rank,
                 lora_alpha=config.lora_alpha,
-                target_modules=list(config.lora_target_modules or self.lora_target_modules),
+                target_modules=list(targets),
                 init_lora_weights="gaussian",
             )
         )
@@ -373,10 +450,11 @@ class StableDiffusionPolicy(DiffusersPolicy):
 
     denoiser_name = "unet"
     lora_target_modules = ("to_q", "to_k", "to_v", "to_out.0")
+    transformer_blocks = ("BasicTransformerBlock",)
     samplers = ("ddim",)
 
     def make_table(self, config: Config, *, window: tuple[int, int] | None = None) -> StepTable:
-        if config.sampler not in (None, "ddim"):
+        if config.sampler not in (None, *self.samplers):
             raise ValueError(
                 f"--sampler {config.sampler} is one of flow models and {type(self.pipeline).__name__} is a diffusion "
                 "model; leave it out, or use ddim"
@@ -384,8 +462,9 @@ class StableDiffusionPolicy(DiffusersPolicy):
         flow_settings = {"noise_level": None, "shift": None, "normalized_log_prob": True}
         for name, default in flow_settings.items():
             if getattr(config, name) != default:
+                flag = "no-normalized-log-prob" if name == "normalized_log_prob" else name.replace("_", "-")
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is a setting of flow models and {type(self.pipeline).__name__} is a "
+                    f"--{flag} is a setting of flow models and {type(self.pipeline).__name__} is a "
                     "diffusion model; leave it out" + ("; DDIM takes --eta" if name == "noise_level" else "")
                 )
         return ddim_table.from_scheduler(
@@ -407,9 +486,6 @@ class StableDiffusionPolicy(DiffusersPolicy):
 
     def _denoise(self, denoiser, sample, timestep, conditioning):
         return denoiser(sample, timestep, conditioning.embeddings).sample
-
-    def _use_xformers(self, denoiser):
-        denoiser.enable_xformers_memory_efficient_attention()
 
 
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
@@ -443,6 +519,15 @@ class StableDiffusion3Policy(DiffusersPolicy):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    transformer_blocks = ("JointTransformerBlock",)
+
+    def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
+        super().__init__(pipeline, config, device)
+        largest = self.denoiser.config.pos_embed_max_size * self.patch_size * pipeline.vae_scale_factor
+        if self.side > largest:
+            raise ValueError(
+                f"--resolution {self.side} is more than the {largest} that this model has positions for; lower it"
+            )
 
     @property
     def patch_size(self) -> int:
@@ -472,6 +557,7 @@ class FluxPolicy(DiffusersPolicy):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     patch_size = 2
+    transformer_blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
 
     def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
         if not pipeline.transformer.config.guidance_embeds and config.guidance_scale != 1:
@@ -497,7 +583,8 @@ class FluxPolicy(DiffusersPolicy):
             guidance = torch.full((len(sample),), self.guidance_scale, device=sample.device)
         return denoiser(
             sample,
-            timestep=timestep / self.pipeline.scheduler.config.num_train_timesteps,
+            # rounded first, as the pipeline does
+            timestep=timestep.to(sample.dtype) / self.pipeline.scheduler.config.num_train_timesteps,
             guidance=guidance,
             encoder_hidden_states=conditioning.embeddings,
             pooled_projections=conditioning.pooled,
@@ -513,6 +600,9 @@ class FluxPolicy(DiffusersPolicy):
 
     def _default_side(self):
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def _use_attention_package(self, denoiser, name):
+        denoiser.set_attention_backend(name)
 
     def _sigmas(self, num_inference_steps):
         return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
@@ -535,8 +625,10 @@ def load_policy(config: Config) -> DiffusersPolicy:
         FileNotFoundError: for a folder that is not there.
     """
     device = find_device(config.device)
-    if config.attention == "xformers":
-        _check_xformers(device)
+    if config.attention in ATTENTION_PACKAGES:
+        _check_attention_package(config.attention, device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     import diffusers
 
     model = str(EMBEDDED.get(config.model, config.model))
@@ -561,6 +653,11 @@ def load_policy(config: Config) -> DiffusersPolicy:
         if kind != "StableDiffusion3Pipeline":
             raise ValueError(f"--no-t5 leaves out the third text encoder of SD3, and {config.model!r} is a {kind}")
         settings |= {"text_encoder_3": None, "tokenizer_3": None}
+    if config.max_sequence_length is not None and kind not in ("StableDiffusion3Pipeline", "FluxPipeline"):
+        raise ValueError(
+            f"--max-sequence-length {config.max_sequence_length} is for the T5 encoder of SD3 and FLUX, and "
+            f"{config.model!r} is a {kind}; leave it out"
+        )
     pipeline = getattr(diffusers, kind).from_pretrained(
         source,
         torch_dtype={"default": dtype, policy.denoiser_name: dtype if config.tuning == "lora" else torch.float32},
@@ -589,11 +686,12 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _check_xformers(device: torch.device) -> None:
-    if importlib.util.find_spec("xformers") is None:
+def _check_attention_package(attention: str, device: torch.device) -> None:
+    module, package = ATTENTION_PACKAGES[attention]
+    if importlib.util.find_spec(module) is None:
         raise ValueError(
-            "--attention xformers needs the package xformers, which is not installed; pip install "
-            "'pcpo-fast[xformers]', or use --attention sdpa"
+            f"--attention {attention} needs the package {module}, which is not installed; pip install {package}, or "
+            "use --attention sdpa"
         )
     if device.type != "cuda":
-        raise ValueError(f"--attention xformers runs on a GPU and the device is {device}; use --attention sdpa")
+        raise ValueError(f"--attention {attention} runs on a GPU and the device is {device}; use --attention sdpa")

@@ -61,6 +61,8 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 FlowCredit = Literal["native", "proportionate"]
 FlowSDE = Literal["flow", "dance", "cps"]
 
+# of dynamic shifting: past it noise levels are 1 to float64's precision
+LARGEST_MU = 30.0
 CREDITS = ("native", "uniform", "variance", "proportionate", "published")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FLOW_CREDITS = ("native", "proportionate")
@@ -408,8 +410,10 @@ class _FlowTable:
             )
         if target_weight is not None and not (math.isfinite(target_weight) and target_weight > 0):
             raise ValueError(f"target_weight={target_weight} is not a credit; give a finite number > 0")
-        if not num_train_timesteps > 0:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps} must be positive; 1000 is the usual choice")
+        if not 0 < num_train_timesteps < math.inf:
+            raise ValueError(
+                f"num_train_timesteps={num_train_timesteps} must be positive and finite; 1000 is the usual choice"
+            )
 
         t, t_next = levels[:-1], levels[1:]
         interval = t - t_next
@@ -445,6 +449,13 @@ class _FlowTable:
             target_weight=target,
             normalized=normalized,
         )
+        beyond = (~table.rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        if beyond:
+            std, weight = (float(column[beyond[0]]) for column in (table.std, table.weight))
+            raise ValueError(
+                f"the table does not fit into float32 at step {beyond[0]} (std {std:.3g}, weight {weight:.3g}); give a "
+                "noise level and a target weight of usual size"
+            )
         if window is None:
             return table
         ode = self(levels, sde=sde, noise_level=0.0, num_train_timesteps=num_train_timesteps)
@@ -555,6 +566,8 @@ def shifted_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
     sigmas = shift * s / (1 + (shift - 1) * s)
     # shift / (1 + (shift - 1)) may round
     sigmas[0] = 1.0
+    if not bool((sigmas.diff() < 0).all()):
+        raise ValueError(f"shift={shift} leaves noise levels that cannot be told apart; give a smaller number")
     return sigmas
 
 
@@ -582,6 +595,9 @@ _AFFINE_SETTINGS = {
 
 def _windowed(table: StepTable, ode: StepTable, window: tuple[int, int]) -> StepTable:
     """The rows of `table` for the steps start <= i < stop, and of `ode`, its deterministic twin, for the others."""
+    pair = isinstance(window, Sequence) and len(window) == 2
+    if not pair or any(not isinstance(step, int) or isinstance(step, bool) for step in window):
+        raise ValueError(f"window={window!r} is not a pair of whole numbers; give (start, stop)")
     start, stop = window
     if not 0 <= start <= stop <= len(table):
         raise ValueError(
@@ -625,10 +641,20 @@ def _flow_coefs(t: Tensor, t_next: Tensor, sde: str, noise_level: float) -> tupl
 
 def _dynamic_shift(config: Any, image_seq_len: int) -> float:
     """mu for an image of this many tokens: `calculate_shift` of the diffusers pipelines."""
-    shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (most - base) / (longest - shortest)
-    return image_seq_len * slope + base - slope * shortest
+    shortest, longest = config.base_image_seq_len, config.max_image_seq_len
+    if shortest == longest:
+        raise ValueError(
+            f"base_image_seq_len and max_image_seq_len are both {longest}, and the shift is a line between them; build "
+            "the scheduler with two numbers, or with use_dynamic_shifting=False"
+        )
+    slope = (config.max_shift - config.base_shift) / (longest - shortest)
+    mu = image_seq_len * slope + config.base_shift - slope * shortest
+    # the schedulers take its exponential
+    if not isinstance(image_seq_len, int) or image_seq_len < 1 or mu > LARGEST_MU:
+        raise ValueError(
+            f"image_seq_len={image_seq_len} is no size of an image; give the number of its patches, such as 4096"
+        )
+    return mu
 
 
 def _checked_schedule(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

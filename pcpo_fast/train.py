@@ -21,10 +21,11 @@ from pcpo_fast.policies import find_device, load_policy
 from pcpo_fast.rewards import RewardError
 from pcpo_fast.trainer import Trainer
 
-DESCRIPTION = f"""Align a text-to-image diffusion pipeline with policy gradients: PCPO by default, DDPO with
---objective ppo --credit native. The first argument may name a preset ({", ".join(PRESETS)}; digits if there is none),
-whose settings are the defaults shown here. --config FILE reads settings from a JSON file, such as another run's
-config.json; it overrides the preset, and the command line overrides both."""
+DESCRIPTION = f"""Align a text-to-image diffusion or flow pipeline with policy gradients: PCPO by default; DDPO,
+DanceGRPO or Flow-GRPO with --objective ppo --credit native. The first argument may name a preset
+({", ".join(PRESETS)}; digits if there is none), whose settings are the defaults shown here. --config FILE reads
+settings from a JSON file, such as another run's config.json; it overrides the preset, and the command line overrides
+both."""
 
 # settings that a resumed run cannot change
 KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")

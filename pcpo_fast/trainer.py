@@ -35,7 +35,7 @@ from pcpo_fast.checkpoint import Checkpoints, averaged, get_random_state, set_ra
 from pcpo_fast.config import Config, load_prompts, to_json
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
-from pcpo_fast.policies import DiffusersPolicy
+from pcpo_fast.policies import Conditioning, DiffusersPolicy
 from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.tables import StepTable
@@ -189,12 +189,14 @@ class Trainer:
         What is measured stays on the device until the end, so that nothing in between waits for a GPU.
         """
         config = self.config
+        passes = [list(self.micro_batches(len(advantages), generator)) for _ in range(config.inner_epochs)]
+        if config.old_outputs == "recompute":
+            self._recompute_old_outputs(trajectory)
         seen: list[tuple[Tensor, PolicyLoss]] = []
         norms: list[Tensor] = []
         # micro-batches before the first optimiser step: there the policy is still the one that sampled
         on_policy = 0
-        for _ in range(config.inner_epochs):
-            micro_batches = list(self.micro_batches(len(advantages), generator))
+        for micro_batches in passes:
             starts = range(0, len(micro_batches), config.gradient_accumulation_steps)
             for start in tqdm(starts, desc="update", leave=False, disable=None):
                 group = micro_batches[start : start + config.gradient_accumulation_steps]
@@ -209,6 +211,20 @@ class Trainer:
         record["update/grad_norm"] = _finite_mean(norm)
         record["update/skipped_steps"] = int((~norm.isfinite()).sum())
         return record
+
+    def _recompute_old_outputs(self, trajectory: Trajectory) -> None:
+        """Puts what the policy predicts in training in the place of what it predicted in the rollout."""
+        samples, trained = len(trajectory.states), self.table.trainable.nonzero().squeeze(1)
+        sample = torch.arange(samples, device=trained.device).repeat_interleave(len(trained))
+        size = self.config.micro_batch_size
+        for rows in zip(sample.split(size), trained.repeat(samples).split(size), strict=True):
+            # with a gradient that nobody asks for: without, a compiled denoiser would be another one
+            trajectory.model_outputs[rows] = self.policy.predict(*self._inputs(trajectory, *rows)).detach()
+
+    def _inputs(self, trajectory: Trajectory, sample: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
+        """Of the denoiser, for rows (sample, step)."""
+        conditioning = trajectory.conditioning[trajectory.prompt[sample]]
+        return trajectory.states[sample, step], self.table.timesteps[step], conditioning
 
     def _optimizer_step(self) -> Tensor:
         """One step along the gradients that have gathered; none if they are not finite. Returns their norm, 0-d."""
@@ -241,8 +257,7 @@ class Trainer:
     def loss(self, trajectory: Trajectory, advantages: Tensor, sample: Tensor, step: Tensor) -> PolicyLoss:
         """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
         config, table = self.config, self.table
-        conditioning = trajectory.conditioning[trajectory.prompt[sample]]
-        inputs = trajectory.states[sample, step], table.timesteps[step], conditioning
+        inputs = self._inputs(trajectory, sample, step)
         output = self.policy.predict(*inputs)
         return policy_loss(
             output,
@@ -374,22 +389,28 @@ class Windows:
 
     def __init__(self, config: Config, policy: DiffusersPolicy) -> None:
         self.config = config
-        table = policy.make_table(config)
-        trainable = table.trainable.nonzero().squeeze(1).tolist()
+        # the sampler's own credit exists for every sampler
+        native = dataclasses.replace(config, credit="native", target_weight=None)
+        trainable = policy.make_table(native).trainable.nonzero().squeeze(1).tolist()
         if not trainable:
             raise ValueError(
                 "every step of the sampler is deterministic, so there is nothing to train: raise --eta (diffusion) or "
                 "--noise-level (flow), or --num-inference-steps"
             )
         if config.window_size is None:
-            self.tables = [table.to(policy.device)]
+            self.tables = [policy.make_table(config).to(policy.device)]
             return
         first, end = trainable[0], trainable[-1] + 1
         start, stop = config.window_range or (first, end)
-        if not (first <= start < stop <= end and config.window_size <= stop - start):
+        if not first <= start < stop <= end:
             raise ValueError(
-                f"a window of --window-size {config.window_size} does not fit into --window-range {start} {stop}, "
-                f"or that not into {first} {end}: the steps that draw noise, the second number not included"
+                f"--window-range {start} {stop} does not lie in {first} {end}: the steps that draw noise, the second "
+                "number not included"
+            )
+        if config.window_size > stop - start:
+            raise ValueError(
+                f"--window-size {config.window_size} is more than the {stop - start} steps from {start} to {stop} "
+                "(not included) that its window may lie in; lower it, or widen --window-range"
             )
         starts = range(start, stop - config.window_size + 1)
         windows = [(start, start + config.window_size) for start in starts]

@@ -37,6 +37,9 @@ from .affine import (
 )
 from .philox import first_counters, noise_tile
 
+# what a number that overflows in float32 is taken for
+LARGEST = 3.0e38
+
 
 def policy_loss_oracle(
     model_output: Tensor,
@@ -94,6 +97,8 @@ def policy_loss_oracle(
 
 def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(0, xi |A| - A log rho): loss, its derivative by L = -log rho, clipped."""
+    # one that overflows times an advantage of 0 is 0; NaN stays NaN
+    log_ratio = log_ratio.clamp(-LARGEST, LARGEST)
     clipped = advantages.sign().mul_(log_ratio) >= clip_range
     loss = advantages.abs().mul_(clip_range).sub_(advantages * log_ratio)
     return loss.masked_fill_(clipped, 0.0), advantages.masked_fill(clipped, 0.0), clipped
@@ -101,8 +106,8 @@ def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tens
 
 def ppo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)): loss, its derivative by L = -log rho, clipped."""
-    # a ratio that overflows times an advantage of 0 is 0
-    ratio = log_ratio.exp().clamp_(max=torch.finfo(log_ratio.dtype).max)
+    # as above
+    ratio = log_ratio.exp().clamp_(max=LARGEST)
     surrogate, bounded = advantages * ratio, advantages * ratio.clamp_(1 - clip_range, 1 + clip_range)
     clipped = bounded < surrogate
     return torch.minimum(surrogate, bounded).neg_(), surrogate.masked_fill_(clipped, 0.0), clipped

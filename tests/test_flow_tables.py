@@ -101,7 +101,7 @@ def test_random_rows_are_the_papers_steps(sigmas, sde, noise_level):
 
 
 @property_test
-@given(levels(), st.floats(0.0, 1.0))
+@given(levels(), st.just(0.0) | st.floats(1e-6, 1.0))
 def test_cps_keeps_the_marginals_of_the_flow(sigmas, noise_level):
     """x = (1 - t) x0 + t epsilon with v = epsilon - x0 goes to 1 - t' of x0 and variance t'^2."""
     table = flow_table(sigmas.tolist(), sde="cps", noise_level=noise_level)
@@ -257,6 +257,51 @@ def test_only_the_steps_of_the_window_are_stochastic_and_trained(window, family)
             assert not bool(table.weight[outside].any())
         assert (table.credit, table.target_weight, table.normalized) == (credit, full.target_weight, True)
         assert equal(table, full) == (window == (0, 20))
+
+
+def test_a_window_keeps_the_timesteps():
+    full, table = (build("flow", 10, num_train_timesteps=500, window=window) for window in (None, (2, 5)))
+    assert torch.equal(table.timesteps, full.timesteps) and table.timesteps[0] == 500
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("window", [5, (1, 2, 3), (1.5, 2.5), "12", (True, 2)], ids=str)
+def test_windows_that_are_no_pair_are_refused(window, family):
+    with pytest.raises(ValueError, match=r"window=.* is not a pair of whole numbers; give \(start, stop\)"):
+        FAMILIES[family][0](window=window)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"noise_level": 1e-40},
+        {"noise_level": 1e25},
+        {"credit": "proportionate", "target_weight": 1e300},
+    ],
+    ids=str,
+)
+def test_tables_beyond_float32_are_refused(settings):
+    with pytest.raises(ValueError, match=r"does not fit into float32 at step \d+"):
+        build("flow", 10, **settings)
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan, 0, -1])
+def test_impossible_numbers_of_training_steps_are_refused(number):
+    with pytest.raises(ValueError, match=r"num_train_timesteps=.* must be positive"):
+        build("flow", 10, num_train_timesteps=number)
+
+
+@pytest.mark.parametrize("length", [0, -5, 10**7, 2.5])
+def test_impossible_image_sizes_are_refused(length):
+    scheduler = scheduler_of(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match=f"image_seq_len={length} .* give the number of"):
+        flow_table.from_scheduler(scheduler, 4, image_seq_len=length, noise_level=0.7)
+
+
+def test_a_shift_without_a_range_is_refused():
+    scheduler = scheduler_of(use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=256)
+    with pytest.raises(ValueError, match="base_image_seq_len and max_image_seq_len are both 256"):
+        flow_table.from_scheduler(scheduler, 4, image_seq_len=256, noise_level=0.7)
 
 
 def test_a_window_keeps_the_unnormalized_form():

@@ -104,7 +104,8 @@ class Trainer:
 
     def offset(self, k):
         """What our log-probability has and theirs leaves out."""
-        return self.table.log_prob_offset[k] if self.log_prob is gaussian_without_constants else 0.0
+        constants = -self.table.std[k].log() - math.log(math.sqrt(2 * math.pi))
+        return constants if self.log_prob is gaussian_without_constants else 0.0
 
 
 def sd_scheduler(**settings):
@@ -285,8 +286,11 @@ def test_losses_and_gradients(name, objective, source):
     table = trainer.table
     x, m_old, z = draw()
     for k in stochastic_steps(trainer):
-        scale, h = table.log_prob_scale[k] * (table.std[k] if objective == "guard" else 1.0), table.interval[k]
-        w = table.weight[k]
+        scale = table.log_prob_scale[k] * (table.std[k] if objective == "guard" else 1.0)
+        w, h = table.weight[k], 1.0
+        if objective == "guard":
+            sigmas = dance_sigmas() if name == "dance" else sd3_scheduler(10).sigmas.double()
+            h = sigmas[k] - sigmas[k + 1]
         m_new, advantages = changed_output(m_old, z, w, scale, trainer.clip_range, objective)
 
         old_mean, std = trainer.step(x, m_old, k)
@@ -316,7 +320,7 @@ def test_losses_and_gradients(name, objective, source):
         assert ((result.log_ratio - log_ratio).abs() <= error).all()
         assert torch.equal(result.clipped, clipped) and clipped.sum() == 2
         # the ratio is within a part in a thousand of 1
-        slope = 1.001 * advantages.abs() / (h if objective == "guard" else 1.0)
+        slope = 1.001 * advantages.abs() / h
         of_interval = U * slope.mean() if objective == "guard" else 0.0
         assert (result.loss - loss).abs() <= (slope * error).mean() + of_interval + 1e-14
         bound = (slope * scale * w.abs()).view(PER_ROW) * (d + (slip + error.view(PER_ROW)) * direction) / e.numel()
@@ -336,7 +340,7 @@ def test_the_divergence_from_a_reference(trainer):
         (mean, std), (ref_mean, _) = trainer.step(x, m, k), trainer.step(x, reference, k)
         their_std, factor = std, 1.0
         if trainer.log_prob is gaussian:
-            their_std, factor = flow_grpo_noise(sigmas, k), table.interval[k]
+            their_std, factor = flow_grpo_noise(sigmas, k), sigmas[k] - sigmas[k + 1]
         theirs = mean_of_rows((mean - ref_mean) ** 2).mean() / (2 * their_std**2)
         nothing = torch.zeros(len(x), dtype=torch.float64)
         given = {"ref_model_output": reference, "kl_weight": 1.0}

@@ -385,3 +385,93 @@ def test_presets_are_settings_that_their_models_take(models, preset):
     if preset in zeta:
         assert table.target_weight == pytest.approx(zeta[preset], rel=1e-4)
         assert table.trainable.tolist() == [True] * (len(table) - 1) + [False]
+
+
+EXECUTION = {
+    "gradient-checkpointing": {"gradient_checkpointing": True},
+    "sdpa-math": {"attention": "sdpa-math"},
+    "sdpa-flash": {"attention": "sdpa-flash"},
+    "checkpointing-math": {"gradient_checkpointing": True, "attention": "sdpa-math"},
+    "channels-last": {"channels_last": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EXECUTION)
+def test_how_the_denoiser_is_run_changes_nothing_but_rounding(models, name, family):
+    """Neither outputs nor gradients; with checkpointing, not a bit of either."""
+    settings = EXECUTION[name]
+    if "channels_last" in settings and family in ("sd35", "flux"):
+        with pytest.raises(ValueError, match=r"--channels-last is for the convolutions of UNets, .* has a transformer"):
+            make_policy(models[family], resolution=64, **settings)
+        return
+    found = []
+    for changed in ({}, settings):
+        policy = make_policy(models[family], resolution=64, **changed)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 10)
+        sample = torch.randn((4, *policy.latent_shape), generator=generator)
+        output = policy.predict(sample, torch.full((4,), 500), policy.encode(["cat", "dog", "horse", "cat"]))
+        gradients = torch.autograd.grad(output.square().mean(), policy.trainable_parameters())
+        found.append((output.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
+    for plain, changed in zip(*found, strict=True):
+        if name == "gradient-checkpointing":
+            assert torch.equal(plain, changed)
+        else:
+            # sums in another order, through some ten layers
+            assert (plain - changed).norm() <= 1e-4 * plain.norm()
+
+
+def test_attention_is_the_kernel_that_was_named(model, monkeypatch):
+    """In the forward pass, and where the backward pass computes activations again."""
+    named, inner = [], torch.nn.functional.scaled_dot_product_attention
+    policy = make_policy(model, attention="sdpa-math", gradient_checkpointing=True)
+    conditioning = policy.encode(["cat"])
+
+    def watched(*arguments, **settings):
+        flash, math = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+        named.append((flash, math))
+        return inner(*arguments, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    sample = torch.randn((1, *policy.latent_shape))
+    output = policy.predict(sample, torch.full((1,), 500), conditioning)
+    forward = len(named)
+    output.mean().backward()
+    assert len(named) == 2 * forward > 0
+    assert set(named) == {(False, True)}
+
+
+def test_channels_last_moves_the_frozen_convolutions(model):
+    policy = make_policy(model, channels_last=True)
+    weights = {
+        name: weight.is_contiguous(memory_format=torch.channels_last)
+        for name, weight in policy.denoiser.named_parameters()
+        if weight.dim() == 4 and weight.shape[1] > 1 and weight.shape[2] > 1
+    }
+    assert weights and all(weights.values())
+    with pytest.raises(ValueError, match="--channels-last moves frozen weights only and --tuning full leaves none"):
+        Config(channels_last=True, tuning="full").resolved()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("sd15", {"max_sequence_length": 16}, r"16 is for the T5 encoder of SD3 and FLUX, and .* leave it out"),
+        ("sdxl", {"max_sequence_length": 16}, r"16 is for the T5 encoder of SD3 and FLUX, and .* leave it out"),
+        ("sd35", {"resolution": 512}, "--resolution 512 is more than the 256 that this model has positions for"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(models, family, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(models[family], **settings)
+
+
+def test_flash_attention_is_fluxs(models, monkeypatch):
+    from pcpo_fast import policies
+
+    monkeypatch.setattr(policies, "_check_attention_package", lambda *_: None)
+    with pytest.raises(ValueError, match=r"--attention flash is for FLUX alone, .* use --attention sdpa-flash"):
+        make_policy(models["sd35"], attention="flash", resolution=64)

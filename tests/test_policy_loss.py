@@ -465,6 +465,16 @@ def test_without_gradient_only_the_sums_are_made(table, impl, device):
     assert direction.numel() == 0
 
 
+@pytest.mark.parametrize("output", [1e20, -1e20])
+@pytest.mark.parametrize("objective", ["pcpo", "ppo", "guard"])
+def test_a_log_ratio_that_overflows_leaves_rows_without_advantage_alone(objective, output, table, impl, device):
+    new = torch.full((2, 64), output, device=device)
+    inputs = (new, torch.zeros_like(new), torch.ones_like(new), torch.full((2,), 4, device=device))
+    loss, log_ratio, _, gradient = run((*inputs, torch.zeros(2, device=device), None), table, impl, objective=objective)
+    assert log_ratio.isinf().all() or objective == "guard"
+    assert loss == 0 and not gradient.any()
+
+
 @pytest.mark.parametrize("objective", ["ppo", "guard"])
 def test_a_ratio_that_overflows_leaves_rows_without_advantage_alone(objective, table, impl, device):
     new, old = torch.full((2, 4096), 1.0, device=device), torch.zeros((2, 4096), device=device)

@@ -68,7 +68,9 @@ def load_classifier(which: str, device: str | torch.device = "cpu") -> DigitClas
     """
     if which not in ("reward", "eval"):
         raise ValueError(f"no classifier {which!r}: choose 'reward' or 'eval'")
-    classifier = DigitClassifier()
+    # its weights are not drawn, and the random state of the run stays as it is
+    with torch.random.fork_rng(devices=()):
+        classifier = DigitClassifier()
     classifier.load_state_dict(load_file(_CLASSIFIERS / f"{which}.safetensors"))
     return classifier.to(device).eval().requires_grad_(False)
 
