@@ -156,6 +156,13 @@ def test_reward_and_eval_are_two_networks_loaded_once():
         digits.load_classifier("test")
 
 
+def test_loading_a_classifier_draws_nothing():
+    """A resumed run loads them later than one that was not cut off."""
+    before = torch.get_rng_state()
+    digits.load_classifier.__wrapped__("reward")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_rewards_refuse_mismatched_input():
     images = torch.rand(2, 3, 32, 32)
     with pytest.raises(ValueError, match="1 prompts for 2 images"):

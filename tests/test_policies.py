@@ -277,7 +277,7 @@ def test_a_denoiser_of_another_build_is_refused(model, tmp_path):
         ({"device": "cuda:99"}, "--device cuda:99 is not there: this machine shows .* use --device auto or cpu"),
         ({"attention": "xformers", "device": "cpu"}, "needs the package xformers, .* or use --attention sdpa"),
         ({"resolution": 60}, "--resolution 60 is not a multiple of 8"),
-        ({"lora_target_modules": ("to_nothing",)}, "Target modules {'to_nothing'} not found"),
+        ({"lora_target_modules": ("to_nothing",)}, "--lora-target-modules to_nothing names no layer"),
     ],
 )
 def test_what_this_machine_or_model_cannot_do_is_refused(model, monkeypatch, settings, message):
@@ -355,7 +355,7 @@ def test_sdxl_is_told_its_size(models):
         ({"sampler": "dance"}, "--sampler dance is one of flow models and .* is a diffusion model"),
         ({"noise_level": 0.3}, "--noise-level is a setting of flow models .*; leave it out; DDIM takes --eta"),
         ({"shift": 3.0}, "--shift is a setting of flow models"),
-        ({"normalized_log_prob": False}, "--normalized-log-prob is a setting of flow models"),
+        ({"normalized_log_prob": False}, "--no-normalized-log-prob is a setting of flow models"),
     ],
 )
 def test_settings_of_flow_models_are_refused_elsewhere(models, family, settings, message):
@@ -454,6 +454,47 @@ def test_channels_last_moves_the_frozen_convolutions(model):
     assert weights and all(weights.values())
     with pytest.raises(ValueError, match="--channels-last moves frozen weights only and --tuning full leaves none"):
         Config(channels_last=True, tuning="full").resolved()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_flux_is_told_the_timesteps_of_its_pipeline(models, dtype):
+    policy = make_policy(models["flux"], dtype=dtype, guidance_scale=3.5)
+    told = []
+    policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
+    policy.pipeline("cat", num_inference_steps=16, height=64, width=64, output_type="latent")
+    pipelines, told = torch.cat(told).view(16, 2)[:, 0], []
+    timesteps = policy.make_table(Config(num_inference_steps=16)).timesteps
+    policy.denoiser.time_text_embed.time_proj._forward_pre_hooks.clear()
+    policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
+    for timestep in timesteps:
+        policy.predict(torch.zeros((1, *policy.latent_shape)), timestep[None], policy.encode(["cat"]))
+    ours = torch.cat(told).view(16, 2)[:, 0]
+    assert torch.equal(ours, pipelines)
+
+
+def test_a_shift_of_ones_own_keeps_the_models_timesteps(models):
+    policy = make_policy(models["sd35"])
+    policy.pipeline.scheduler.register_to_config(num_train_timesteps=500)
+    table = policy.make_table(Config(num_inference_steps=4, shift=3.0))
+    assert table.timesteps[0] == 500
+
+
+def test_latents_with_a_mean_and_a_deviation(models):
+    """As autoencoders of some SDXL models have them."""
+    policy = make_policy(models["sdxl"])
+    policy.pipeline.vae.register_to_config(latents_mean=[-1.0, 0.5, 0.0, 2.0], latents_std=[2.0, 1.0, 0.5, 3.0])
+    latents = torch.randn((1, *policy.latent_shape), generator=torch.Generator().manual_seed(0))
+    policy.pipeline.scheduler.set_timesteps(1)
+    call = {"prompt": "cat", "num_inference_steps": 1, "height": 64, "width": 64, "latents": latents}
+    end = policy.pipeline(**call, output_type="latent").images
+    images = policy.pipeline(**call, output_type="pt").images
+    torch.testing.assert_close(policy.decode(end), images, rtol=0, atol=1e-5)
+
+
+def test_full_tuning_trains_float32_weights():
+    pipeline = stable_diffusion().to(torch.bfloat16)
+    policy = StableDiffusionPolicy(pipeline, Config(tuning="full", dtype="bf16"), CPU)
+    assert {parameter.dtype for parameter in policy.trainable_parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

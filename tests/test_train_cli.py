@@ -448,6 +448,7 @@ def files(tmp_path):
         "choice": '{"objective": "grpo"}',
         "null": '{"seed": null}',
         "text": '{"rewards": "jpeg_compressibility"}',
+        "pair": '{"window_size": 1, "window_range": [1]}',
     }.items():
         (tmp_path / f"{name}.json").write_text(text)
     return tmp_path
@@ -474,8 +475,13 @@ def files(tmp_path):
         ("--advantage prompt --prompt-buffer-size 1", "--prompt-buffer-size is 1: give a buffer size of at least 2"),
         ("--num-inference-steps 1001", "num_inference_steps=1001 must lie between 1 and the schedule's 1000"),
         ("--target-weight 1e-3", "target_weight=0.001 is below .*: the smallest that some step reaches is"),
-        ("--eta 0", "every std is 0; use eta > 0"),
+        ("--eta 0", "every step of the sampler is deterministic, .* raise --eta"),
         ("--eta 0 --credit native", "every step of the sampler is deterministic, .* raise --eta"),
+        ("--no-normalized-log-prob", "--no-normalized-log-prob is a setting of flow models"),
+        ("--lora-target-modules to_q nosuch", "--lora-target-modules nosuch names no layer of UNet2DConditionModel"),
+        ("--tuning full --lora-target-modules to_q", "--lora-target-modules is a setting of --tuning lora"),
+        ("--max-sequence-length 513", "--max-sequence-length 513 must be at most 512"),
+        ("--config pair.json", r"gives window_range as \[1\], which is no tuple"),
         ("--epochs 0", "--epochs 0 must be a finite number above 0"),
         ("--learning-rate nan", "--learning-rate nan must be a finite number above 0"),
         ("--clip-range -1", "--clip-range -1.0 must be"),

@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -310,8 +311,15 @@ def test_a_checkpoint_has_the_average_as_diffusers_reads_it(model, tmp_path):
     assert any((a != b).any() for a, b in zip(trainer.ema.shadow_params, weights, strict=True))
 
 
-def test_an_average_may_begin_with_a_resumed_run(model, tmp_path):
+@pytest.mark.parametrize("known", [True, False], ids=["none", "unknown"])
+def test_an_average_may_begin_with_a_resumed_run(model, tmp_path, known):
+    """Of a run without one, also by a release that knew of none."""
     make_trainer(model, tmp_path, epochs=1, learning_rate=1e-3).train()
+    if not known:
+        (path,) = tmp_path.glob("checkpoints/*/state.json")
+        state = json.loads(path.read_text())
+        del state["ema_steps"]
+        path.write_text(json.dumps(state))
     resumed = make_trainer(model, tmp_path, learning_rate=1e-3, ema_decay=0.9, resume=True)
     for shadow, parameter in zip(resumed.ema.shadow_params, resumed.policy.trainable_parameters(), strict=True):
         assert torch.equal(shadow, parameter)
