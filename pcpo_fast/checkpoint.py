@@ -68,7 +68,7 @@ class Checkpoints:
                 policy.save(partial / "ema")
         optimizer_state = optimizer.state_dict()
         tensors = {
-            f"{index}.{name}": value
+            f"{index}.{name}": value.contiguous()
             for index, values in optimizer_state["state"].items()
             for name, value in values.items()
         }
@@ -110,9 +110,14 @@ class Checkpoints:
             for shadow, parameter in zip(ema.shadow_params, policy.trainable_parameters(), strict=True):
                 shadow.copy_(parameter.detach())
         policy.load(path / "weights")
+        parameters = policy.trainable_parameters()
         per_parameter: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in load_file(path / "optimizer.safetensors").items():
             index, name = key.split(".", 1)
+            like = parameters[int(index)]
+            if tensor.shape == like.shape:
+                # laid out as the parameter is
+                tensor = torch.empty_like(like, device=tensor.device).copy_(tensor)
             per_parameter.setdefault(int(index), {})[name] = tensor
         # hyperparameters are the config's: a resumed run may have been given another learning rate
         groups = [

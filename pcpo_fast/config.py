@@ -44,7 +44,7 @@ class Config:
     compile: bool = False
     """torch.compile the denoiser's transformer blocks, each kind once."""
     channels_last: bool = False
-    """Keep the denoiser's latents channels last, for convolutions (UNets with LoRA)."""
+    """Keep the weights and activations of convolutions channels last (models with a UNet)."""
     tf32: bool = False
     """Let a GPU round the inputs of fp32 matrix products and convolutions to TF32."""
     device: str = "auto"
@@ -243,11 +243,6 @@ class Config:
         if self.lora_target_modules is not None and self.tuning == "full":
             raise ValueError(
                 "--lora-target-modules is a setting of --tuning lora and the tuning is full; leave it out, or use lora"
-            )
-        if self.channels_last and self.tuning == "full":
-            raise ValueError(
-                "--channels-last moves frozen weights only and --tuning full leaves none; leave it out, or use "
-                "--tuning lora"
             )
         if self.resume and self.output_dir is None:
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")

@@ -117,6 +117,8 @@ class DiffusersPolicy:
             self._add_adapter(config)
         else:
             self.denoiser.float().requires_grad_(True)
+        if config.channels_last:
+            pipeline.vae.to(memory_format=torch.channels_last)
         self._attention = SDPA_KERNELS.get(config.attention)
         for denoiser in filter(None, (self.denoiser, self._frozen)):
             self._set_execution(denoiser, config)
@@ -364,10 +366,9 @@ class DiffusersPolicy:
                     f"--channels-last is for the convolutions of UNets, and {type(self.pipeline).__name__} has a "
                     "transformer; leave it out"
                 )
-            # trained weights are saved as they lie
-            for weight in denoiser.parameters():
-                if weight.dim() == 4 and not weight.requires_grad:
-                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            denoiser.to(memory_format=torch.channels_last)
+            # files hold weights in their usual order
+            denoiser.register_state_dict_post_hook(_make_contiguous)
         if config.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing(self._checkpoint)
         if config.compile:
@@ -614,6 +615,12 @@ POLICIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": StableDiffusion3Policy,
     "FluxPipeline": FluxPolicy,
 }
+
+
+def _make_contiguous(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            state[name] = value.contiguous()
 
 
 def load_policy(config: Config) -> DiffusersPolicy:

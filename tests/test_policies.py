@@ -444,16 +444,21 @@ def test_attention_is_the_kernel_that_was_named(model, monkeypatch):
     assert set(named) == {(False, True)}
 
 
-def test_channels_last_moves_the_frozen_convolutions(model):
-    policy = make_policy(model, channels_last=True)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_channels_last_is_how_convolutions_lie_and_not_how_they_are_saved(model, tmp_path, tuning):
+    policy = make_policy(model, channels_last=True, tuning=tuning)
     weights = {
         name: weight.is_contiguous(memory_format=torch.channels_last)
         for name, weight in policy.denoiser.named_parameters()
         if weight.dim() == 4 and weight.shape[1] > 1 and weight.shape[2] > 1
     }
     assert weights and all(weights.values())
-    with pytest.raises(ValueError, match="--channels-last moves frozen weights only and --tuning full leaves none"):
-        Config(channels_last=True, tuning="full").resolved()
+    train_a_little(policy)
+    policy.save(tmp_path)
+    plain = make_policy(model, tuning=tuning)
+    plain.load(tmp_path)
+    for ours, theirs in zip(policy.trainable_parameters(), plain.trainable_parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -313,10 +313,11 @@ def test_a_second_signal_leaves_at_once(long, tmp_path):
     "settings",
     [
         {"tuning": "full", "dtype": "fp16"},
+        {"tuning": "full", "channels_last": True, "ema_decay": 0.5},
         {"dtype": "bf16"},
         {"ema_decay": 0.5, "kl_weight": 0.1, "objective": "guard", "window_size": 2, "window": "random"},
     ],
-    ids=["full-fp16", "bf16", "extras"],
+    ids=["full-fp16", "full-channels-last", "bf16", "extras"],
 )
 def test_resuming_at_every_epoch(long, tmp_path, settings):
     name = UNET if settings.get("tuning") == "full" else LORA
