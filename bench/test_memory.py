@@ -18,6 +18,7 @@ import report
 import torch
 from cases import default_device
 from measure import PeakMemory, held_bytes
+from models import PARTS, REDUCED, TEXT_ENCODERS, make_parts, make_pipeline
 
 LATENT = (16, 64, 64)
 SIDE = 512
@@ -35,117 +36,7 @@ SLACK = {"cpu": 2**18, "cuda": 2**24}
 INEXACT = "exact on a CPU only: a GPU's allocator rounds up, and libraries keep workspaces"
 
 # stabilityai/stable-diffusion-3.5-medium
-PARTS = {
-    "transformer": {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    },
-    "vae": {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "norm_num_groups": 32,
-        "sample_size": 1024,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "projection_dim": 768,
-    },
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
-    "text_encoder_3": {
-        "vocab_size": 32128,
-        "d_model": 4096,
-        "d_kv": 64,
-        "d_ff": 10240,
-        "num_layers": 24,
-        "num_heads": 64,
-        "feed_forward_proj": "gated-gelu",
-    },
-}
-# what a CPU runs in seconds
-REDUCED = {
-    "transformer": {
-        "num_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 1,
-        "caption_projection_dim": 16,
-        "pos_embed_max_size": 64,
-        "dual_attention_layers": (0,),
-    },
-    "vae": {"block_out_channels": (4, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
-    "text_encoder": {"num_hidden_layers": 1, "vocab_size": 512},
-    "text_encoder_2": {"num_hidden_layers": 1, "vocab_size": 512},
-    "text_encoder_3": {"num_layers": 1, "num_heads": 8, "d_ff": 512, "vocab_size": 512},
-}
-TEXT_ENCODERS = tuple(name for name in PARTS if name.startswith("text_encoder"))
-# the tokenizers know no other tokens: every word is the second
-CLIP_TOKENS = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-
-
-def make_parts(reduced):
-    """The pipeline's models by name, on PyTorch's default device and in its default dtype."""
-    import diffusers
-    import transformers
-
-    parts = {}
-    for name, settings in PARTS.items():
-        settings = settings | (REDUCED[name] if reduced else {})
-        if name == "transformer":
-            parts[name] = diffusers.SD3Transformer2DModel(**settings)
-        elif name == "vae":
-            parts[name] = diffusers.AutoencoderKL(**settings)
-        elif name == "text_encoder_3":
-            parts[name] = transformers.T5EncoderModel(transformers.T5Config(**settings))
-        else:
-            config = transformers.CLIPTextConfig(**settings, bos_token_id=0, eos_token_id=1, pad_token_id=1)
-            parts[name] = transformers.CLIPTextModelWithProjection(config)
-    return parts
-
-
-def make_pipeline(device):
-    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import CLIPTokenizer, T5TokenizerFast
-
-    torch.manual_seed(0)
-    dtype, default = torch.bfloat16 if device.type == "cuda" else torch.float32, torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            # a table of positions is float32 whatever the default
-            parts = {name: part.to(dtype) for name, part in make_parts(reduced=device.type == "cpu").items()}
-    finally:
-        torch.set_default_dtype(default)
-    clip = CLIPTokenizer(vocab=CLIP_TOKENS, merges=[], model_max_length=77)
-    t5 = T5TokenizerFast(vocab=[(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
-    tokenizers = {"tokenizer": clip, "tokenizer_2": clip, "tokenizer_3": t5}
-    return StableDiffusion3Pipeline(**parts, **tokenizers, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+MODEL = "sd35"
 
 
 def make_trainer(variant, device, folder):
@@ -156,7 +47,7 @@ def make_trainer(variant, device, folder):
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\n")
     config = dataclasses.replace(
-        PRESETS["sd35"],
+        PRESETS[MODEL],
         device=device.type,
         dtype="bf16" if device.type == "cuda" else "fp32",
         release_text_encoders="text encoders kept" not in without(variant),
@@ -170,7 +61,7 @@ def make_trainer(variant, device, folder):
         timestep_fraction=1 / STEPS,
         gradient_accumulation_steps=2,
     ).resolved()
-    policy = StableDiffusion3Policy(make_pipeline(device), config, device)
+    policy = StableDiffusion3Policy(make_pipeline(MODEL, device), config, device)
     if "images decoded at once" in without(variant):
         policy.decode_batch = GROUP
     return Trainer(config, policy, folder)
@@ -240,7 +131,7 @@ def real_weight_bytes():
     """Of SD3.5-medium in bfloat16, from its configs alone."""
     with torch.device("meta"):
         # float32 throughout
-        return {name: size // 2 for name, size in weight_bytes(make_parts(reduced=False)).items()}
+        return {name: size // 2 for name, size in weight_bytes(make_parts(MODEL, reduced=False)).items()}
 
 
 def least_worth(device):
@@ -248,11 +139,11 @@ def least_worth(device):
     reduced = device.type == "cpu"
     itemsize = 4 if reduced else 2
     with torch.device("meta"):
-        weights = weight_bytes(make_parts(reduced))
+        weights = weight_bytes(make_parts(MODEL, reduced))
     encoders = sum(weights[name] for name in TEXT_ENCODERS) * itemsize // 4
     noise = GROUP * STEPS * math.prod(LATENT) * 4
     # the decoder's last upsampling convolution: its input and its output, less the images that slices add up to
-    channels = (PARTS["vae"] | (REDUCED["vae"] if reduced else {}))["block_out_channels"][1]
+    channels = (PARTS[MODEL]["vae"] | (REDUCED["vae"] if reduced else {}))["block_out_channels"][1]
     convolution = (GROUP - MICRO_BATCH) * 2 * channels * SIDE**2 * itemsize
     images = GROUP * 3 * SIDE**2 * 4
     return {
@@ -289,7 +180,7 @@ class Study:
             "torch": torch.__version__,
             "model": describe(self.device),
             "latents": [GROUP, STEPS, *LATENT],
-            "tokens": [TOKENS, PARTS["transformer"]["joint_attention_dim"]],
+            "tokens": [TOKENS, PARTS[MODEL]["transformer"]["joint_attention_dim"]],
             "micro_batch_size": MICRO_BATCH,
             "bytes": {variant: self.measured[variant] for variant in VARIANTS if variant in self.measured},
             "sd35_medium_bf16_bytes": real_weight_bytes(),
@@ -299,8 +190,8 @@ class Study:
 def describe(device):
     if device.type == "cuda":
         return "SD3.5-medium as it is, in bfloat16"
-    real, reduced = PARTS["transformer"], PARTS["transformer"] | REDUCED["transformer"]
-    channels, fewer = PARTS["vae"]["block_out_channels"], REDUCED["vae"]["block_out_channels"]
+    real, reduced = PARTS[MODEL]["transformer"], PARTS[MODEL]["transformer"] | REDUCED["transformer"]
+    channels, fewer = PARTS[MODEL]["vae"]["block_out_channels"], REDUCED["vae"]["block_out_channels"]
     return (
         f"SD3.5-medium reduced, in float32: denoiser {reduced['num_layers']} layer of {real['num_layers']} and width "
         f"{reduced['caption_projection_dim']} of {real['caption_projection_dim']}, autoencoder {fewer[0]} to "
@@ -404,7 +295,7 @@ def test_a_saving_is_worth_no_more_than_that(variant, study):
 def test_a_rollout_leaves_states_outputs_and_conditioning(study):
     if study.device.type == "cuda":
         pytest.skip(INEXACT)
-    denoiser = PARTS["transformer"]
+    denoiser = PARTS[MODEL]["transformer"]
     conditioning = TOKENS * denoiser["joint_attention_dim"] + denoiser["pooled_projection_dim"]
     # those of a batch stay with the engine, beside the epoch's; all images have one prompt
     rows, prompts = GROUP + MICRO_BATCH, 1 + MICRO_BATCH
