@@ -1,0 +1,471 @@
+"""An epoch from end to end: this package's loop and the one that popular trainers share, on the same model.
+
+On a CPU with the embedded models, on a GPU with the structure of Stable Diffusion 1.5, XL and 3.5 medium and random
+weights. The loops take turns, and a speed-up is the median over rounds of the ratio within one. See
+docs/performance.md for what came out. `pytest bench/test_training.py --save-results` writes the numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import report
+import torch
+from cases import default_device
+from measure import PeakMemory
+from popular import PopularLoop
+
+ROUNDS = {"cpu": 3, "cuda": 3}
+# images per call in sampling and in training, as published: DDPO's settings for a large machine, and DanceGRPO's
+DDPO, DANCE = "popular, 8 and 4 images a call", "popular, an image a call"
+POPULAR = {DDPO: (8, 4), DANCE: (1, 1)}
+SAME_BATCH = "popular, our batches"
+OURS = "ours"
+PARTS = (
+    "denoiser, sampling",
+    "sampler step",
+    "decoder",
+    "reward",
+    "denoiser, training",
+    "backward",
+    "loss",
+    "optimiser",
+)
+# of the popular loop with DDPO's batches, in images per second
+LEAST_SPEEDUP = 1.5
+LEAST_AT_THE_SAME_BATCH = 0.9
+# of a bare replay of the denoiser, a rollout's step
+MOST_OVERHEAD, LEAST_OVER_EAGER = 1.03, 1.3
+
+
+class Clock:
+    """Seconds of named parts of a loop; on a GPU by events, read when asked."""
+
+    def __init__(self, device):
+        self.device, self.parts = device, defaultdict(list)
+
+    @contextlib.contextmanager
+    def part(self, name):
+        start = self._now()
+        yield
+        self.parts[name].append((start, self._now()))
+
+    def timed(self, name, call):
+        """`call` under the name, or under one for each, with gradients and without."""
+
+        def wrapped(*arguments, **settings):
+            chosen = name if isinstance(name, str) else name[torch.is_grad_enabled()]
+            with self.part(chosen):
+                return call(*arguments, **settings)
+
+        return wrapped
+
+    def _now(self):
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return {name: sum(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in self.parts.items()}
+        return {name: sum(b - a for a, b in pairs) for name, pairs in self.parts.items()}
+
+
+class OurLoop:
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def epoch(self):
+        from pcpo_fast.trainer import Signals
+
+        self.trainer.run_epoch(Signals())
+
+    @contextlib.contextmanager
+    def split(self, clock):
+        trainer = self.trainer
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in (
+                (trainer.policy, "predict", ("denoiser, sampling", "denoiser, training")),
+                (trainer.policy, "decode", "decoder"),
+                (trainer, "rewards", "reward"),
+                (trainer, "_optimizer_step", "optimiser"),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+            from pcpo_fast import rollout
+            from pcpo_fast import trainer as module
+
+            stack.enter_context(
+                mock.patch.object(rollout, "sampler_step", clock.timed("sampler step", rollout.sampler_step))
+            )
+            stack.enter_context(mock.patch.object(module, "policy_loss", clock.timed("loss", module.policy_loss)))
+            stack.enter_context(
+                mock.patch.object(torch.Tensor, "backward", clock.timed("backward", torch.Tensor.backward))
+            )
+            yield
+
+
+class TheirLoop:
+    def __init__(self, trainer, sample_batch, train_batch):
+        self.trainer, self.loop = trainer, PopularLoop(trainer, sample_batch, train_batch)
+
+    def epoch(self):
+        prompts = self.trainer._draw_prompts(torch.Generator().manual_seed(0))
+        samples = self.loop.sample(prompts)
+        self.loop.update(samples, self.loop.score(samples, prompts))
+
+    @contextlib.contextmanager
+    def split(self, clock):
+        with contextlib.ExitStack() as stack:
+            for owner, name, part in (
+                (self.loop, "predict", ("denoiser, sampling", "denoiser, training")),
+                (self.loop, "scheduler_step", ("sampler step", "loss")),
+                (self.loop, "backward", "backward"),
+                (self.loop, "optimizer_step", "optimiser"),
+                (self.trainer.policy, "decode", "decoder"),
+                (self.trainer, "rewards", "reward"),
+            ):
+                stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+            yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A model, and the loops that are compared on it."""
+
+    model: str
+    images: int
+    micro_batch: int
+    steps: int
+    loops: tuple[str, ...]
+
+
+CPU_LOOPS = (OURS, SAME_BATCH, DDPO, DANCE)
+GPU_LOOPS = (OURS, "ours, graphs off", "ours, compiled", "ours, compiled, graphs off", SAME_BATCH, DDPO)
+STUDIES = {
+    "cpu": (Study("digits", 32, 32, 10, CPU_LOOPS), Study("digits-flow", 32, 32, 10, CPU_LOOPS)),
+    "cuda": (
+        Study("sd15", 16, 8, 10, GPU_LOOPS),
+        Study("sd35", 8, 8, 5, (*GPU_LOOPS[:2], *GPU_LOOPS[4:])),
+        Study("sdxl", 8, 4, 5, (*GPU_LOOPS[:2], *GPU_LOOPS[4:])),
+    ),
+}
+
+
+def make_trainer(study, loop, device, folder):
+    """With DDPO's or Flow-GRPO's objective, which all loops have; two prompts, one optimiser step an epoch."""
+    from pcpo_fast.config import PRESETS
+    from pcpo_fast.policies import EMBEDDED, POLICIES, load_policy
+    from pcpo_fast.rollout import RolloutEngine
+    from pcpo_fast.trainer import Trainer
+
+    trained = study.steps - (study.model in ("digits-flow", "sd35"))
+    config = dataclasses.replace(
+        PRESETS[study.model],
+        device=device.type,
+        objective="ppo",
+        credit="native",
+        num_inference_steps=study.steps,
+        prompts_per_epoch=2,
+        group_size=study.images // 2,
+        micro_batch_size=study.micro_batch,
+        gradient_accumulation_steps=study.images * trained // study.micro_batch,
+        compile="compiled" in loop,
+        old_outputs="recompute" if "compiled" in loop else "rollout",
+    ).resolved()
+    torch.manual_seed(0)
+    if study.model in EMBEDDED:
+        policy = load_policy(config)
+    else:
+        from models import make_pipeline
+
+        pipeline = make_pipeline(study.model, device, reduced_text=True)
+        policy = POLICIES[type(pipeline).__name__](pipeline, config, device)
+    trainer = Trainer(config, policy, folder)
+    if loop.endswith("graphs off"):
+        trainer.engine = RolloutEngine(policy, config.micro_batch_size, graphs=False)
+    return trainer
+
+
+def make_loop(study, name, device, folder):
+    trainer = make_trainer(study, name, device, folder)
+    if name.startswith(OURS):
+        return OurLoop(trainer)
+    batches = POPULAR.get(name, (study.micro_batch,) * 2)
+    return TheirLoop(trainer, *batches)
+
+
+def measure(study, device, folder):
+    """Seconds per epoch by loop and round, peak memory, and the time split."""
+    found = {}
+    loops = {}
+    for index, name in enumerate(study.loops):
+        loop = loops[name] = make_loop(study, name, device, folder / str(index))
+        # compiles, captures and settles the allocator
+        loop.epoch()
+        with PeakMemory(device) as memory:
+            loop.epoch()
+        found[name] = {"seconds": [], "peak_extra_bytes": memory.peak}
+    for _ in range(ROUNDS[device.type]):
+        for name, loop in loops.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            loop.epoch()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found[name]["seconds"].append(time.perf_counter() - start)
+    for name, loop in loops.items():
+        # a graph runs what it captured, and none of what is patched
+        if device.type == "cpu" or name.endswith("graphs off") or isinstance(loop, TheirLoop):
+            clock = Clock(device)
+            with clock.part("epoch"), loop.split(clock):
+                loop.epoch()
+            seconds = clock.seconds()
+            found[name]["split"] = {part: seconds.get(part, 0.0) for part in (*PARTS, "epoch")}
+    return found
+
+
+def speedup(found, name, over):
+    return statistics.median(b / a for a, b in zip(found[name]["seconds"], found[over]["seconds"], strict=True))
+
+
+def rows_per_epoch(study):
+    return study.images * (study.steps - (study.model in ("digits-flow", "sd35")))
+
+
+class Results:
+    """Measures a model's study on demand, and reports on all."""
+
+    def __init__(self, device, folder):
+        self.device, self.folder = device, folder
+        self.studies, self.rollouts = {}, {}
+
+    def of(self, study):
+        if study.model not in self.studies:
+            found = measure(study, self.device, self.folder / study.model)
+            self.studies[study.model] = dataclasses.asdict(study) | {"loops": found}
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return self.studies[study.model]["loops"]
+
+    def as_json(self):
+        return {
+            "device": report.device_name(self.device),
+            "torch": torch.__version__,
+            "commit": report._commit(),
+            "studies": list(self.studies.values()),
+            "rollouts": self.rollouts,
+        }
+
+    def markdown(self):
+        lines = [
+            "## An epoch from end to end",
+            "",
+            f"{report.device_name(self.device)}, torch {torch.__version__}"
+            + (", one thread." if self.device.type == "cpu" else ", bfloat16, LoRA, random weights."),
+        ]
+        for study in (s for s in STUDIES[self.device.type] if s.model in self.studies):
+            found, table = self.studies[study.model]["loops"], []
+            for name in study.loops:
+                seconds = statistics.median(found[name]["seconds"])
+                table.append(
+                    [
+                        name,
+                        f"{study.images / seconds:.2f}",
+                        f"{rows_per_epoch(study) / seconds:.1f}",
+                        f"{speedup(found, name, DDPO):.2f}",
+                        f"{found[name]['peak_extra_bytes'] / 2**20:.0f}",
+                    ]
+                )
+            title = f"`{study.model}`: {study.images} images, {study.steps} steps, micro-batches of {study.micro_batch}"
+            headings = ["loop", "images/s", "rows/s", f"vs {DDPO}", "peak extra MiB"]
+            lines += ["", title, "", *report.table(headings, table)]
+            split = {name: found[name]["split"] for name in study.loops if "split" in found[name]}
+            cells = [
+                [name, *(f"{parts[part] / parts['epoch']:.1%}" for part in PARTS), f"{parts['epoch']:.2f}"]
+                for name, parts in split.items()
+            ]
+            lines += ["", *report.table(["loop", *PARTS, "seconds"], cells)]
+        for model, numbers in self.rollouts.items():
+            lines += [
+                "",
+                f"`{model}`, a step of a rollout, batch {numbers['batch']}: {numbers['step_s'] * 1e3:.2f} ms, eager "
+                f"{numbers['eager_s'] * 1e3:.2f} ms, a bare replay of the denoiser {numbers['bare_s'] * 1e3:.2f} ms",
+            ]
+        return "\n".join(lines)
+
+    def picture(self, path):
+        """A bar per loop, split by part."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        studies = [study for study in STUDIES[self.device.type] if study.model in self.studies]
+        figure, axes = plt.subplots(
+            1, len(studies), figsize=(6.4 * len(studies), 3.6), layout="constrained", squeeze=False
+        )
+        colours = ("#0072B2", "#56B4E9", "#999999", "#CCCCCC", "#D55E00", "#E69F00", "#009E73", "#F0E442", "#E4E4E4")
+        for axis, study in zip(axes[0], studies, strict=True):
+            found = self.studies[study.model]["loops"]
+            names = [name for name in study.loops if "split" in found[name]]
+            left = [0.0] * len(names)
+            for part, colour in zip((*PARTS, "the rest"), colours, strict=True):
+                widths = [_share(found[name]["split"], part) / study.images * 1e3 for name in names]
+                axis.barh(names, widths, left=left, color=colour, label=part, height=0.62)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+            for name, end in zip(names, left, strict=True):
+                axis.text(end + 0.01 * max(left), name, f"{end:.0f} ms", va="center", fontsize=9)
+            axis.set_xlim(0, 1.14 * max(left))
+            axis.set_title(f"{study.model}: milliseconds per image", fontsize=11)
+            axis.invert_yaxis()
+            axis.tick_params(axis="y", length=0)
+            for side in ("top", "right"):
+                axis.spines[side].set_visible(False)
+        for axis in axes[0][1:]:
+            axis.set_yticklabels([])
+        threads = ", one thread" if self.device.type == "cpu" else ""
+        figure.suptitle(f"An epoch, {report.device_name(self.device)}{threads}, torch {torch.__version__}", fontsize=11)
+        figure.legend(
+            *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=9
+        )
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def _share(split, part):
+    return split["epoch"] - sum(split[name] for name in PARTS) if part == "the rest" else split[part]
+
+
+@pytest.fixture(scope="module")
+def results(request, tmp_path_factory, summary):
+    for package in ("diffusers", "transformers", "peft"):
+        pytest.importorskip(package)
+    device, threads = default_device(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    results = Results(device, tmp_path_factory.mktemp("training"))
+    yield results
+    torch.set_num_threads(threads)
+    if results.studies:
+        summary.append(results.markdown())
+    folder = request.config.getoption("--save-results")
+    if folder and len(results.studies) == len(STUDIES[device.type]):
+        folder = report.device_folder(Path(folder), device)
+        (folder / "training.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
+        results.picture(folder / "training.png")
+
+
+@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.model)
+def test_both_loops_have_the_same_gradient(study, tmp_path):
+    """Of the same samples and rewards: nothing is compared before it is the same work."""
+    device = default_device()
+    trainer = make_trainer(study, OURS, device, tmp_path)
+    loop = PopularLoop(trainer, *POPULAR[DDPO])
+    prompts = trainer._draw_prompts(torch.Generator().manual_seed(0))
+    samples = loop.sample(prompts)
+    advantages = loop.score(samples, prompts)
+    parameters = trainer.policy.trainable_parameters()
+
+    def gradients(optimizer, update):
+        found = []
+        hook = optimizer.register_step_pre_hook(lambda *_: found.append([p.grad.clone() for p in parameters]))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        update()
+        hook.remove()
+        (gradient,) = found
+        return torch.cat([tensor.flatten() for tensor in gradient]).double()
+
+    theirs = gradients(loop.optimizer, lambda: loop.update(samples, advantages))
+    from pcpo_fast.rollout import Trajectory
+
+    distinct = list(dict.fromkeys(prompts))
+    prompt = torch.tensor([distinct.index(name) for name in prompts], device=device)
+    outputs = torch.empty(
+        (len(prompts), study.steps, *trainer.policy.latent_shape), device=device, dtype=trainer.policy.dtype
+    )
+    trajectory = Trajectory(samples.states, outputs, prompt, trainer.policy.encode(distinct))
+    trainer._recompute_old_outputs(trajectory)
+    ours = gradients(
+        trainer.optimizer, lambda: trainer.update(trajectory, advantages, torch.Generator().manual_seed(0))
+    )
+    # theirs takes the ratio of exponentials of float32 log-probabilities; on a GPU both add in bfloat16
+    assert (ours - theirs).norm() <= (1e-3 if device.type == "cpu" else 3e-2) * theirs.norm()
+
+
+@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.model)
+def test_an_epoch_is_faster_than_the_popular_loops(study, results):
+    found = results.of(study)
+    assert speedup(found, OURS, DDPO) >= LEAST_SPEEDUP
+    # at one size of batch the denoiser is nearly all there is to it
+    assert speedup(found, OURS, SAME_BATCH) >= LEAST_AT_THE_SAME_BATCH
+
+
+@pytest.mark.skipif(default_device().type == "cpu", reason="needs a GPU that PyTorch can use")
+def test_a_rollout_costs_little_more_than_bare_replays_of_the_denoiser(results, tmp_path):
+    """Stable Diffusion 1.5, batch 4."""
+    from pcpo_fast.rollout import RolloutEngine
+
+    device, study = default_device(), Study("sd15", 8, 4, 50, ())
+    trainer = make_trainer(study, OURS, device, tmp_path)
+    policy, table = trainer.policy, trainer.table
+    conditioning = policy.encode(["cat"])
+    prompt = torch.zeros(study.micro_batch, dtype=torch.int64, device=device)
+
+    def seconds(call):
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / study.steps)
+        return statistics.median(times[1:])
+
+    def rollout(graphs):
+        engine = RolloutEngine(policy, study.micro_batch, graphs=graphs)
+        return lambda: engine(table, conditioning, prompt, seed=0, first_index=0)
+
+    sample = torch.randn((study.micro_batch, *policy.latent_shape), device=device)
+    inputs = sample, table.timesteps[:1].expand(study.micro_batch).clone(), conditioning[prompt]
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            policy.predict(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            policy.predict(*inputs)
+    numbers = {
+        "batch": study.micro_batch,
+        "bare_s": seconds(lambda: [graph.replay() for _ in range(study.steps)]),
+        "step_s": seconds(rollout(True)),
+        "eager_s": seconds(rollout(False)),
+    }
+    results.rollouts[study.model] = numbers
+    assert numbers["step_s"] <= MOST_OVERHEAD * numbers["bare_s"]
+    assert numbers["eager_s"] >= LEAST_OVER_EAGER * numbers["step_s"]
+
+
+def test_the_split_adds_up():
+    """Parts are of the epoch, and none is counted twice."""
+    clock = Clock(torch.device("cpu"))
+    with clock.part("epoch"):
+        for name in PARTS:
+            with clock.part(name):
+                time.sleep(1e-3)
+    seconds = clock.seconds()
+    assert math.isclose(sum(seconds[name] for name in PARTS), seconds["epoch"], rel_tol=0.2)
