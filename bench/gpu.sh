@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one go, in under 8 minutes and without network: tests, benchmarks, launch settings.
-# Needs python3 (3.11 or newer) with torch, triton, pytest and pytest-benchmark (and matplotlib, for the pictures).
+# Everything that wants a GPU, in one go, in under 8 minutes and without network: tests, benchmarks of the ops and of
+# training from end to end, launch settings. Needs python3 (3.11 or newer) with torch, triton, pytest and
+# pytest-benchmark (and matplotlib, for the pictures); for training, the packages of the extra [train].
 #
 #   bash bench/gpu.sh                    # results in bench/results/<device>
+#   bash bench/gpu.sh tests training     # some of the parts: tests, ops, training, settings
 #   OUT=/tmp/out PYTHON=python3.12 bash bench/gpu.sh
 #   WHEELS=folder bash bench/gpu.sh      # wheels to put on the path first, such as that of a missing package
 #
@@ -11,9 +13,11 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
-TESTS_SECONDS=${TESTS_SECONDS:-190}
-BENCH_SECONDS=${BENCH_SECONDS:-200}
-TUNE_SECONDS=${TUNE_SECONDS:-40}
+TESTS_SECONDS=${TESTS_SECONDS:-130}
+OPS_SECONDS=${OPS_SECONDS:-110}
+TRAINING_SECONDS=${TRAINING_SECONDS:-150}
+SETTINGS_SECONDS=${SETTINGS_SECONDS:-25}
+WANTED=${*:-tests ops training settings}
 
 # the package as pyproject.toml maps it, without installing anything
 SITE=$(mktemp -d) || exit 1
@@ -27,6 +31,7 @@ export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBU
 part() {
     local name=$1 seconds=$2
     shift 2
+    [[ " wheels versions $WANTED " == *" $name "* ]] || return
     echo
     echo "== $name"
     # an interrupt lets pytest write what it has
@@ -47,11 +52,13 @@ import pcpo_fast, torch, triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_fast from {pcpo_fast.__path__[0]}")'
     part tests "$TESTS_SECONDS" "$PYTHON" -m pytest --junitxml "$OUT/tests.xml" --durations 5 -p no:cacheprovider \
-        tests/test_gpu.py tests/test_policy_loss.py tests/test_sampler_step.py tests/test_step_log_prob.py \
-        tests/test_philox.py tests/test_ops.py
-    part benchmarks $((BENCH_SECONDS + 30)) "$PYTHON" -m pytest bench -p no:cacheprovider \
-        --time-budget "$BENCH_SECONDS" --save-results "$OUT"
-    part 'launch settings' $((TUNE_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$TUNE_SECONDS" --output "$OUT/tune.json"
+        tests/test_gpu.py tests/test_gpu_rollout.py tests/test_policy_loss.py tests/test_sampler_step.py \
+        tests/test_step_log_prob.py tests/test_philox.py tests/test_ops.py
+    part ops $((OPS_SECONDS + 20)) "$PYTHON" -m pytest bench -p no:cacheprovider --save-results "$OUT" \
+        --time-budget "$OPS_SECONDS" --ignore bench/test_training.py --ignore bench/test_memory.py
+    part training "$TRAINING_SECONDS" "$PYTHON" -m pytest bench/test_training.py bench/test_memory.py \
+        -p no:cacheprovider --save-results "$OUT"
+    part settings $((SETTINGS_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$SETTINGS_SECONDS" --output "$OUT/tune.json"
     echo
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"

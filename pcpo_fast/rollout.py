@@ -212,16 +212,17 @@ class _Step:
 
     def capture(self, pool: Any) -> None:
         """Records `_advance` as a CUDA graph, after some steps that nothing comes of."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                self.step.zero_()
+        with torch.cuda.device(self.sample.device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP_STEPS):
+                    self.step.zero_()
+                    self._advance()
+            current.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=pool):
                 self._advance()
-        current.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self._advance()
 
     def _advance(self) -> None:
         """x to x', the step's number to the next."""
