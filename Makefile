@@ -10,7 +10,7 @@ train: $(STAMP)
 	$(BIN)/python -m pcpo_fast.train $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest bench $(ARGS)

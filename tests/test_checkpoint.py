@@ -23,6 +23,9 @@ class Policy:
     def __init__(self):
         self.weight = torch.nn.Parameter(torch.zeros(3))
 
+    def trainable_parameters(self):
+        return [self.weight]
+
     def save(self, folder):
         folder.mkdir()
         save_file({"weight": self.weight.detach()}, folder / "weights.safetensors")
