@@ -13,10 +13,10 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
-TESTS_SECONDS=${TESTS_SECONDS:-130}
-OPS_SECONDS=${OPS_SECONDS:-110}
+TESTS_SECONDS=${TESTS_SECONDS:-120}
+OPS_SECONDS=${OPS_SECONDS:-90}
 TRAINING_SECONDS=${TRAINING_SECONDS:-150}
-SETTINGS_SECONDS=${SETTINGS_SECONDS:-25}
+SETTINGS_SECONDS=${SETTINGS_SECONDS:-20}
 WANTED=${*:-tests ops training settings}
 
 # the package as pyproject.toml maps it, without installing anything
@@ -45,9 +45,9 @@ part() {
 everything() {
     failed=()
     if [ -n "${WHEELS:-}" ]; then
-        part wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
+        part wheels 30 "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl
     fi
-    part versions 60 "$PYTHON" -c '
+    part versions 20 "$PYTHON" -c '
 import pcpo_fast, torch, triton
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_fast from {pcpo_fast.__path__[0]}")'

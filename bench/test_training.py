@@ -150,15 +150,21 @@ class Study:
     steps: int
     loops: tuple[str, ...]
 
+    @property
+    def label(self):
+        return self.model + (" compiled" if any("compiled" in loop for loop in self.loops) else "")
+
 
 CPU_LOOPS = (OURS, SAME_BATCH, DDPO, DANCE)
-GPU_LOOPS = (OURS, "ours, graphs off", "ours, compiled", "ours, compiled, graphs off", SAME_BATCH, DDPO)
+GPU_LOOPS = (OURS, "ours, graphs off", SAME_BATCH, DDPO)
 STUDIES = {
     "cpu": (Study("digits", 32, 32, 10, CPU_LOOPS), Study("digits-flow", 32, 32, 10, CPU_LOOPS)),
     "cuda": (
         Study("sd15", 16, 8, 10, GPU_LOOPS),
-        Study("sd35", 8, 8, 5, (*GPU_LOOPS[:2], *GPU_LOOPS[4:])),
-        Study("sdxl", 8, 4, 5, (*GPU_LOOPS[:2], *GPU_LOOPS[4:])),
+        Study("sd35", 8, 8, 5, GPU_LOOPS),
+        Study("sdxl", 8, 4, 5, GPU_LOOPS),
+        # compiling takes minutes
+        Study("sd15", 16, 8, 10, (OURS, "ours, compiled", "ours, compiled, graphs off", DDPO)),
     ),
 }
 
@@ -180,6 +186,8 @@ def make_trainer(study, loop, device, folder):
         prompts_per_epoch=2,
         group_size=study.images // 2,
         micro_batch_size=study.micro_batch,
+        # the popular loop encodes its prompts again and again
+        release_text_encoders=False,
         gradient_accumulation_steps=study.images * trained // study.micro_batch,
         compile="compiled" in loop,
         old_outputs="recompute" if "compiled" in loop else "rollout",
@@ -253,12 +261,12 @@ class Results:
         self.studies, self.rollouts = {}, {}
 
     def of(self, study):
-        if study.model not in self.studies:
-            found = measure(study, self.device, self.folder / study.model)
-            self.studies[study.model] = dataclasses.asdict(study) | {"loops": found}
+        if study.label not in self.studies:
+            found = measure(study, self.device, self.folder / study.label.replace(" ", "-"))
+            self.studies[study.label] = dataclasses.asdict(study) | {"loops": found}
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return self.studies[study.model]["loops"]
+        return self.studies[study.label]["loops"]
 
     def as_json(self):
         return {
@@ -276,8 +284,8 @@ class Results:
             f"{report.device_name(self.device)}, torch {torch.__version__}"
             + (", one thread." if self.device.type == "cpu" else ", bfloat16, LoRA, random weights."),
         ]
-        for study in (s for s in STUDIES[self.device.type] if s.model in self.studies):
-            found, table = self.studies[study.model]["loops"], []
+        for study in (s for s in STUDIES[self.device.type] if s.label in self.studies):
+            found, table = self.studies[study.label]["loops"], []
             for name in study.loops:
                 seconds = statistics.median(found[name]["seconds"])
                 table.append(
@@ -289,7 +297,7 @@ class Results:
                         f"{found[name]['peak_extra_bytes'] / 2**20:.0f}",
                     ]
                 )
-            title = f"`{study.model}`: {study.images} images, {study.steps} steps, micro-batches of {study.micro_batch}"
+            title = f"{study.label}: {study.images} images, {study.steps} steps, micro-batches of {study.micro_batch}"
             headings = ["loop", "images/s", "rows/s", f"vs {DDPO}", "peak extra MiB"]
             lines += ["", title, "", *report.table(headings, table)]
             split = {name: found[name]["split"] for name in study.loops if "split" in found[name]}
@@ -313,13 +321,13 @@ class Results:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        studies = [study for study in STUDIES[self.device.type] if study.model in self.studies]
+        studies = [study for study in STUDIES[self.device.type] if study.label in self.studies]
         figure, axes = plt.subplots(
             1, len(studies), figsize=(6.4 * len(studies), 3.6), layout="constrained", squeeze=False
         )
         colours = ("#0072B2", "#56B4E9", "#999999", "#CCCCCC", "#D55E00", "#E69F00", "#009E73", "#F0E442", "#E4E4E4")
         for axis, study in zip(axes[0], studies, strict=True):
-            found = self.studies[study.model]["loops"]
+            found = self.studies[study.label]["loops"]
             names = [name for name in study.loops if "split" in found[name]]
             left = [0.0] * len(names)
             for part, colour in zip((*PARTS, "the rest"), colours, strict=True):
@@ -329,7 +337,7 @@ class Results:
             for name, end in zip(names, left, strict=True):
                 axis.text(end + 0.01 * max(left), name, f"{end:.0f} ms", va="center", fontsize=9)
             axis.set_xlim(0, 1.14 * max(left))
-            axis.set_title(f"{study.model}: milliseconds per image", fontsize=11)
+            axis.set_title(f"{study.label}: milliseconds per image", fontsize=11)
             axis.invert_yaxis()
             axis.tick_params(axis="y", length=0)
             for side in ("top", "right"):
@@ -361,13 +369,13 @@ def results(request, tmp_path_factory, summary):
     if results.studies:
         summary.append(results.markdown())
     folder = request.config.getoption("--save-results")
-    if folder and len(results.studies) == len(STUDIES[device.type]):
+    if folder and results.studies:
         folder = report.device_folder(Path(folder), device)
         (folder / "training.json").write_text(json.dumps(results.as_json(), indent=1) + "\n")
         results.picture(folder / "training.png")
 
 
-@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.model)
+@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.label)
 def test_both_loops_have_the_same_gradient(study, tmp_path):
     """Of the same samples and rewards: nothing is compared before it is the same work."""
     device = default_device()
@@ -405,12 +413,13 @@ def test_both_loops_have_the_same_gradient(study, tmp_path):
     assert (ours - theirs).norm() <= (1e-3 if device.type == "cpu" else 3e-2) * theirs.norm()
 
 
-@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.model)
+@pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.label)
 def test_an_epoch_is_faster_than_the_popular_loops(study, results):
     found = results.of(study)
     assert speedup(found, OURS, DDPO) >= LEAST_SPEEDUP
-    # at one size of batch the denoiser is nearly all there is to it
-    assert speedup(found, OURS, SAME_BATCH) >= LEAST_AT_THE_SAME_BATCH
+    if SAME_BATCH in found:
+        # at one size of batch the denoiser is nearly all there is to it
+        assert speedup(found, OURS, SAME_BATCH) >= LEAST_AT_THE_SAME_BATCH
 
 
 @pytest.mark.skipif(default_device().type == "cpu", reason="needs a GPU that PyTorch can use")
