@@ -4,7 +4,7 @@
 # pytest-benchmark (and matplotlib, for the pictures); for training, the packages of the extra [train].
 #
 #   bash bench/gpu.sh                    # results in bench/results/<device>
-#   bash bench/gpu.sh tests training     # some of the parts: tests, ops, training, settings
+#   bash bench/gpu.sh tests training     # some of the parts: tests, ops, training, settings; memory, if named
 #   OUT=/tmp/out PYTHON=python3.12 bash bench/gpu.sh
 #   WHEELS=folder bash bench/gpu.sh      # wheels to put on the path first, such as that of a missing package
 #
@@ -13,10 +13,10 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd) || exit 1
 PYTHON=${PYTHON:-python3}
-TESTS_SECONDS=${TESTS_SECONDS:-120}
-OPS_SECONDS=${OPS_SECONDS:-90}
-TRAINING_SECONDS=${TRAINING_SECONDS:-150}
-SETTINGS_SECONDS=${SETTINGS_SECONDS:-20}
+TESTS_SECONDS=${TESTS_SECONDS:-105}
+OPS_SECONDS=${OPS_SECONDS:-75}
+TRAINING_SECONDS=${TRAINING_SECONDS:-195}
+SETTINGS_SECONDS=${SETTINGS_SECONDS:-15}
 WANTED=${*:-tests ops training settings}
 
 # the package as pyproject.toml maps it, without installing anything
@@ -56,8 +56,8 @@ print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_f
         tests/test_step_log_prob.py tests/test_philox.py tests/test_ops.py
     part ops $((OPS_SECONDS + 20)) "$PYTHON" -m pytest bench -p no:cacheprovider --save-results "$OUT" \
         --time-budget "$OPS_SECONDS" --ignore bench/test_training.py --ignore bench/test_memory.py
-    part training "$TRAINING_SECONDS" "$PYTHON" -m pytest bench/test_training.py bench/test_memory.py \
-        -p no:cacheprovider --save-results "$OUT"
+    part training "$TRAINING_SECONDS" "$PYTHON" -m pytest bench/test_training.py -p no:cacheprovider --save-results "$OUT"
+    part memory 300 "$PYTHON" -m pytest bench/test_memory.py -p no:cacheprovider --save-results "$OUT"
     part settings $((SETTINGS_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$SETTINGS_SECONDS" --output "$OUT/tune.json"
     echo
     if [ ${#failed[@]} -gt 0 ]; then

@@ -382,7 +382,8 @@ class DiffusersPolicy:
         def contexts():
             return contextlib.nullcontext(), self._chosen_attention()
 
-        return checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
+        # nothing in it draws
+        return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _chosen_attention(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self._attention is None else sdpa_kernel(self._attention)
@@ -533,6 +534,14 @@ class StableDiffusion3Policy(DiffusersPolicy):
     @property
     def patch_size(self) -> int:
         return self.denoiser.config.patch_size
+
+    def _use_attention_package(self, denoiser, name):
+        if name == "xformers" and self.tuning == "full" and self.dtype != torch.float32:
+            raise ValueError(
+                "--attention xformers wants queries, keys and values of one dtype, and with --tuning full in half "
+                "precision this model's norms leave two; use --attention sdpa, or --tuning lora"
+            )
+        super()._use_attention_package(denoiser, name)
 
     def _embed(self, prompt):
         embeddings, _, pooled, _ = self._encode_prompt(

@@ -87,7 +87,9 @@ class RolloutEngine:
             raise ValueError(f"graphs=True needs a CUDA device and the policy is on {policy.device}; leave it out")
         self.policy, self.batch_size = policy, batch_size
         self.graphs = on_gpu if graphs is None else graphs
-        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        # of all graphs: where they are captured, and what they take memory from
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
         self._steps: dict[Hashable, _Step] = {}
         self._graph_key: Hashable = None
 
@@ -142,11 +144,16 @@ class RolloutEngine:
         if graph_key != self._graph_key:
             self._steps.clear()
             self._graph_key = graph_key
+            if self.graphs:
+                self._stream = self._stream or torch.cuda.Stream(self.policy.device)
+                # a pool ends with the last of its graphs
+                self._pool = torch.cuda.graph_pool_handle()
         key = len(table), record, tuple((tensor.shape[1:], tensor.dtype) for tensor in conditioning.tensors())
         if key not in self._steps:
-            step = self._steps[key] = _Step(self.policy, table, conditioning, self.batch_size, record)
-            if self.graphs:
-                step.capture(self._pool)
+            step = _Step(self.policy, table, conditioning, self.batch_size, record)
+            if self._stream is not None:
+                step.capture(self._stream, self._pool)
+            self._steps[key] = step
         step = self._steps[key]
         step.set_table(table)
         return step
@@ -210,19 +217,20 @@ class _Step:
             model_outputs.copy_(self.model_outputs[: len(states)])
         states[:, -1].copy_(self.sample[: len(states)])
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
         """Records `_advance` as a CUDA graph, after some steps that nothing comes of."""
         with torch.cuda.device(self.sample.device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_STEPS):
                     self.step.zero_()
                     self._advance()
-            current.wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=pool):
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._advance()
+        self.graph = graph
 
     def _advance(self) -> None:
         """x to x', the step's number to the next."""

@@ -191,7 +191,9 @@ class Trainer:
         config = self.config
         passes = [list(self.micro_batches(len(advantages), generator)) for _ in range(config.inner_epochs)]
         if config.old_outputs == "recompute":
-            self._recompute_old_outputs(trajectory)
+            # a pass has every row, or others than the next one
+            for micro_batches in passes if config.timestep_fraction < 1 else passes[:1]:
+                self._recompute_old_outputs(trajectory, micro_batches)
         seen: list[tuple[Tensor, PolicyLoss]] = []
         norms: list[Tensor] = []
         # micro-batches before the first optimiser step: there the policy is still the one that sampled
@@ -212,12 +214,9 @@ class Trainer:
         record["update/skipped_steps"] = int((~norm.isfinite()).sum())
         return record
 
-    def _recompute_old_outputs(self, trajectory: Trajectory) -> None:
+    def _recompute_old_outputs(self, trajectory: Trajectory, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
         """Puts what the policy predicts in training in the place of what it predicted in the rollout."""
-        samples, trained = len(trajectory.states), self.table.trainable.nonzero().squeeze(1)
-        sample = torch.arange(samples, device=trained.device).repeat_interleave(len(trained))
-        size = self.config.micro_batch_size
-        for rows in zip(sample.split(size), trained.repeat(samples).split(size), strict=True):
+        for rows in micro_batches:
             # with a gradient that nobody asks for: without, a compiled denoiser would be another one
             trajectory.model_outputs[rows] = self.policy.predict(*self._inputs(trajectory, *rows)).detach()
 
@@ -343,7 +342,8 @@ class Trainer:
                 if value
             )
             tqdm.write(
-                "warning: before the first update the policy must equal the one that sampled, and its log-ratio be 0. "
+                "warning: before the first update the policy must equal the one that sampled, and its log-ratio be 0; "
+                "if training's forward pass is another one, as with --compile, use --old-outputs recompute. "
                 f"Largest |log-ratio| per timestep: {listing}"
             )
         return {

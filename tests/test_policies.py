@@ -515,9 +515,11 @@ def test_what_a_family_does_not_have_is_refused(models, family, settings, messag
         make_policy(models[family], **settings)
 
 
-def test_flash_attention_is_fluxs(models, monkeypatch):
+def test_attention_that_a_model_cannot_have_is_refused(models, monkeypatch):
     from pcpo_fast import policies
 
     monkeypatch.setattr(policies, "_check_attention_package", lambda *_: None)
+    with pytest.raises(ValueError, match=r"wants queries, keys and values of one dtype, .* use --attention sdpa"):
+        make_policy(models["sd35"], attention="xformers", resolution=64, tuning="full", dtype="bf16")
     with pytest.raises(ValueError, match=r"--attention flash is for FLUX alone, .* use --attention sdpa-flash"):
         make_policy(models["sd35"], attention="flash", resolution=64)

@@ -490,7 +490,8 @@ def test_recomputed_outputs_are_those_of_training(model, tmp_path, monkeypatch, 
     """A policy whose forward pass is another one where gradients are wanted: with them recomputed the ratio is 1."""
     records = {}
     for old_outputs in ("rollout", "recompute"):
-        trainer = make_trainer(model, tmp_path / old_outputs, old_outputs=old_outputs)
+        settings = {"timestep_fraction": 0.6, "inner_epochs": 2, "old_outputs": old_outputs}
+        trainer = make_trainer(model, tmp_path / old_outputs, **settings)
         guided = trainer.policy._guided
 
         def shifted(*inputs, guided=guided):
@@ -503,9 +504,10 @@ def test_recomputed_outputs_are_those_of_training(model, tmp_path, monkeypatch, 
     assert records["recompute"]["update/grad_norm"] > 0
 
 
-def test_recomputing_outputs_that_are_right_changes_nothing(model, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"timestep_fraction": 0.6, "inner_epochs": 2}], ids=str)
+def test_recomputing_outputs_that_are_right_changes_nothing(model, tmp_path, settings):
     first, second = (
-        make_trainer(model, tmp_path / old_outputs, old_outputs=old_outputs).run_epoch(Signals())
+        make_trainer(model, tmp_path / old_outputs, old_outputs=old_outputs, **settings).run_epoch(Signals())
         for old_outputs in ("rollout", "recompute")
     )
     assert {key: value for key, value in first.items() if "time" not in key} == {
