@@ -57,8 +57,8 @@ class StepTable:
             "constant": every trained step by `target_weight`, times `epsilon_scale`.
             "proportionate": every trained step by `target_weight` times `interval` (PCPO's rule for flow models).
             A tensor: by these weights.
-        target_weight: the level for "constant" and "proportionate". None keeps the sampler's: for "constant" the mean of
-            its weights on the epsilon-equivalent output, for "proportionate" their sum over the sum of the intervals.
+        target_weight: the level for "constant" and "proportionate". None keeps the sampler's: the mean of its weights
+            on the epsilon-equivalent output ("constant"), or their sum over the sum of the intervals ("proportionate").
         interval: h > 0, the share of the trajectory that each step covers. None is 1 / T.
         epsilon_scale: d(epsilon) / d(model output). None is 1. A step where it is 0 has no epsilon-equivalent output
             (zero terminal SNR): it is left out of the mean and keeps its native weight under "constant".
