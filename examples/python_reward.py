@@ -31,8 +31,9 @@ def main(folder: Path, epochs: int = 2) -> list[float]:
     from pcpo_fast.presets import PRESETS
     from pcpo_fast.train import make_trainer
 
-    settings = {"epochs": epochs, "eval_rewards": (), "eval_samples": 32, "output_dir": str(folder)}
-    trainer = make_trainer(PRESETS["digits"].replace(**settings), rewards={"ink": ink})
+    settings = {"epochs": epochs, "group_size": 8, "micro_batch_size": 16, "eval_rewards": (), "eval_samples": 32}
+    config = PRESETS["digits"].replace(output_dir=str(folder), **settings)
+    trainer = make_trainer(config, rewards={"ink": ink})
     trainer.train()
     return trainer.metrics.series("reward/mean")[1]
 
