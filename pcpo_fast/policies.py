@@ -24,7 +24,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pcpo_fast.config import ASSETS, NOISE_LEVELS, Config
+from pcpo_fast.errors import SettingError
+from pcpo_fast.prompts import ASSETS
+from pcpo_fast.samplers import NOISE_LEVELS, Schedule
+
+Config = Any
 from pcpo_fast.tables import StepTable, ddim_table, flow_table, shifted_sigmas
 
 # PyTorch's own kernels, one of which it picks where none is named
@@ -96,6 +100,7 @@ class DiffusersPolicy:
 
     def __init__(self, pipeline: Any, config: Config, device: torch.device) -> None:
         self.pipeline = pipeline
+        self._steps = config.num_inference_steps
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self.device = device
         self.dtype = DTYPES[config.dtype]
@@ -170,7 +175,7 @@ class DiffusersPolicy:
         return self._guided(self.denoiser, sample, timestep, conditioning)
 
     @torch.no_grad()
-    def reference(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict_reference(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """The same of the model as it was before any training: without its adapter, or a frozen copy's.
 
         With full tuning there is a copy only if the policy was made with a `kl_weight` above 0.
@@ -236,6 +241,9 @@ class DiffusersPolicy:
         """The sampler that users of the model have, on the same schedule: for flow models the ODE."""
         plain = {"noise_level": 0.0, "credit": "native", "target_weight": None}
         return self.make_table(dataclasses.replace(config, **plain))
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.pipeline.scheduler, self._sigmas(self._steps), self._image_seq_len())
 
     def graph_key(self) -> Hashable:
         """Changes whenever a captured call of `predict` is no longer what a call would be: weights that lie elsewhere,
@@ -632,6 +640,9 @@ def _make_contiguous(module: torch.nn.Module, state: dict[str, Any], prefix: str
             state[name] = value.contiguous()
 
 
+Policy = DiffusersPolicy
+
+
 def load_policy(config: Config) -> DiffusersPolicy:
     """The policy of the pipeline that `config.model` names: a local folder, a hub name, or an embedded one.
 
@@ -711,3 +722,41 @@ def _check_attention_package(attention: str, device: torch.device) -> None:
         )
     if device.type != "cuda":
         raise ValueError(f"--attention {attention} runs on a GPU and the device is {device}; use --attention sdpa")
+
+
+class ModelSource:
+    """Temporary: the contract of the policies package."""
+
+    def __init__(self, settings: Any) -> None:
+        import diffusers
+
+        self.settings = settings
+        model = EMBEDDED.get(settings.model, settings.model)
+        folder = Path(model) if Path(model).is_dir() else None
+        if folder is None or not (folder / "model_index.json").is_file():
+            raise SettingError(
+                "model", f"{settings.model!r} is not a diffusers pipeline: {model}/model_index.json not found"
+            )
+        index: Any = diffusers.DiffusionPipeline.load_config(folder)
+        self.kind = index["_class_name"]
+        self.scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler")
+
+    def schedule(self) -> Schedule:
+        sigmas = None
+        if self.kind == "FluxPipeline":
+            sigmas = np.linspace(1.0, 1 / 3, 3).tolist()
+        return Schedule(self.scheduler, sigmas, 16)
+
+    def load(self, *, decode_batch: int, keep_reference: bool, steps: int = 3) -> Any:
+        import types
+
+        values = dataclasses.asdict(self.settings)
+        values |= {"micro_batch_size": decode_batch, "kl_weight": float(keep_reference), "num_inference_steps": steps}
+        try:
+            return load_policy(types.SimpleNamespace(**values))
+        except ValueError as error:
+            raise SettingError("model", str(error)) from error
+
+
+def find_model(settings: Any) -> ModelSource:
+    return ModelSource(settings)

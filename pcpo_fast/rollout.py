@@ -40,13 +40,14 @@ class Trajectory:
     model_outputs: Tensor
     prompt: Tensor
     conditioning: Conditioning
+    table: StepTable
 
     @property
     def latents(self) -> Tensor:
         """float32 (N, ...), where sampling ended."""
         return self.states[:, -1]
 
-    def mend(self) -> Tensor:
+    def replace_nonfinite(self) -> Tensor:
         """Overwrites the samples that are not finite by one that is, where there is one, so that nothing which is
         computed from the rows meets a NaN. Returns which samples were finite, bool (N,), on the CPU.
 
@@ -104,6 +105,7 @@ class RolloutEngine:
         first_index: int,
         record: bool = True,
         after_step: Callable[[], None] = lambda: None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Trajectory:
         """Samples N latents, one per element of `prompt`.
 
@@ -125,6 +127,7 @@ class RolloutEngine:
             model_outputs=torch.empty((count, steps, *policy.latent_shape), device=policy.device, dtype=policy.dtype),
             prompt=prompt,
             conditioning=conditioning,
+            table=table,
         )
         step = self._step(table, conditioning, record)
         for start in range(0, count, self.batch_size):
@@ -134,6 +137,8 @@ class RolloutEngine:
             for _ in range(len(table)):
                 step.run()
                 after_step()
+                if stop():
+                    raise Interrupted
             filled = slice(start, min(start + self.batch_size, count))
             step.finish(trajectory.states[filled], trajectory.model_outputs[filled])
         return trajectory

@@ -6,7 +6,7 @@ Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWR
 import json
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,8 @@ from transformers import (
 
 from pcpo_fast.assets.build_digits import build_tokenizer
 from pcpo_fast.config import Config
-from pcpo_fast.policies import load_policy
+from pcpo_fast.policies import find_model
+from pcpo_fast.rewards import Reward
 from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
@@ -263,11 +264,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
+def make_trainer(model: Path, folder: Path, rewards: Mapping[str, Reward] | None = None, **settings) -> Trainer:
     """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
-    config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
-    torch.manual_seed(config.seed)
-    return Trainer(config, load_policy(config), folder)
+    if rewards is not None and not isinstance(rewards, Mapping):
+        rewards, settings = None, settings | {"rewards": rewards}
+    config = Config().replace(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
+    torch.manual_seed(config.run.seed)
+    decode_batch, keep_reference = config.run.micro_batch_size, config.loss.kl_weight > 0
+    policy = find_model(config.model).load(decode_batch=decode_batch, keep_reference=keep_reference)
+    return Trainer(config, policy, folder, rewards)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:
@@ -291,8 +296,8 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]
 
 
-def at_call(count: int, file: str, act: Callable[[], object], function: str | None = None) -> None:
-    """Calls `act` at the `count`-th call that a file's code makes or takes, or that its `function` does.
+def at_call(count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None) -> None:
+    """Calls `act` at the `count`-th call that the code of a file, or of any of several, makes or takes, or that its `function` does.
 
     Holds until sys.setprofile(None).
     """

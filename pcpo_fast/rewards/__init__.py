@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pcpo_fast.errors import SettingError
 
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -40,8 +43,17 @@ class RewardSet:
             number, or a reward named twice.
     """
 
-    def __init__(self, specs: Sequence[str]) -> None:
+    def __init__(self, specs: Any, setting: str = "rewards") -> None:
         self.rewards: dict[str, tuple[Reward, float]] = {}
+        if isinstance(specs, dict):
+            self.rewards = {name: (reward, 1.0) for name, reward in specs.items()}
+            return
+        try:
+            self._find_all(specs)
+        except ValueError as error:
+            raise SettingError(setting, str(error)) from error
+
+    def _find_all(self, specs: Sequence[str]) -> None:
         for spec in specs:
             name, _, weight = spec.partition("=")
             if name in self.rewards:
