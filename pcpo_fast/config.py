@@ -14,7 +14,8 @@ Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-
 
 # what the pipelines of SD3 and FLUX allow
 MAX_T5_TOKENS = 512
-ASSETS = Path(__file__).parent / "assets"
+PACKAGE = Path(__file__).parent
+PROMPTS = {"animals": PACKAGE / "animals.txt", "digits": PACKAGE / "digits" / "prompts.txt"}
 # of the samplers of flow models: what their authors use
 NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 
@@ -375,13 +376,11 @@ def load_prompts(prompts: str) -> list[str]:
         FileNotFoundError: if there is no such list or file.
         ValueError: if it holds no prompt.
     """
-    built_in = ASSETS / f"{prompts}_prompts.txt"
-    path = built_in if built_in.is_file() else Path(prompts)
+    path = PROMPTS.get(prompts, Path(prompts))
     if not path.is_file():
-        names = sorted(file.name.removesuffix("_prompts.txt") for file in ASSETS.glob("*_prompts.txt"))
         raise FileNotFoundError(
             f"--prompts {prompts!r} is no file and no built-in list; give a text file with one prompt a line, or one "
-            f"of {', '.join(names)}"
+            f"of {', '.join(PROMPTS)}"
         )
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line]

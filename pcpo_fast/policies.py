@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from pcpo_fast.config import ASSETS, NOISE_LEVELS, Config
+from pcpo_fast.config import NOISE_LEVELS, Config
 from pcpo_fast.tables import StepTable, ddim_table, flow_table, shifted_sigmas
 
 # PyTorch's own kernels, one of which it picks where none is named
@@ -40,7 +40,8 @@ ATTENTION_PACKAGES = {"xformers": ("xformers", "'pcpo-fast[xformers]'"), "flash"
 COMPILED_VARIANTS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the models that come with the package
-EMBEDDED = {"digits": ASSETS / "digits", "digits-flow": ASSETS / "digits_flow"}
+DIGITS = Path(__file__).parent / "digits"
+EMBEDDED = {"digits": DIGITS / "diffusion", "digits-flow": DIGITS / "flow"}
 
 
 @dataclasses.dataclass

@@ -34,8 +34,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from pcpo_fast.assets.build_digits import build_tokenizer
 from pcpo_fast.config import Config
+from pcpo_fast.digits.models import build_tokenizer
 from pcpo_fast.policies import load_policy
 from pcpo_fast.trainer import Trainer
 

@@ -18,8 +18,8 @@ from torch import Tensor
 Reward = Callable[[Tensor, Sequence[str]], Tensor]
 
 REWARDS = {
-    "digit_alignment": "pcpo_fast.rewards.digits:alignment",
-    "digit_accuracy": "pcpo_fast.rewards.digits:accuracy",
+    "digit_alignment": "pcpo_fast.digits.rewards:alignment",
+    "digit_accuracy": "pcpo_fast.digits.rewards:accuracy",
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:incompressibility",
 }
