@@ -1,0 +1,5 @@
+"""Samplers as step tables."""
+
+from .table import StepTable
+
+__all__ = ["StepTable"]
