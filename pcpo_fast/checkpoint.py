@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcpo_fast.policies import DiffusersPolicy
+from pcpo_fast.policies import Policy
 
 
 class Checkpoints:
@@ -47,7 +47,7 @@ class Checkpoints:
     def save(
         self,
         epoch: int,
-        policy: DiffusersPolicy,
+        policy: Policy,
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         random_state: dict[str, Any],
@@ -94,9 +94,7 @@ class Checkpoints:
             shutil.rmtree(doomed)
         return target
 
-    def load(
-        self, path: Path, policy: DiffusersPolicy, optimizer: torch.optim.Optimizer, ema: Any = None
-    ) -> dict[str, Any]:
+    def load(self, path: Path, policy: Policy, optimizer: torch.optim.Optimizer, ema: Any = None) -> dict[str, Any]:
         """Restores weights, their average, optimiser and random states from `path`; returns the JSON part, with
         "epoch"."""
         from safetensors.torch import load_file
@@ -136,7 +134,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def averaged(policy: DiffusersPolicy, ema: Any) -> Iterator[None]:
+def averaged(policy: Policy, ema: Any) -> Iterator[None]:
     """The average of the weights that a diffusers EMAModel holds in the place of the policy's weights."""
     parameters = policy.trainable_parameters()
     ema.store(parameters)

@@ -16,8 +16,6 @@ Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-
 MAX_T5_TOKENS = 512
 PACKAGE = Path(__file__).parent
 PROMPTS = {"animals": PACKAGE / "animals.txt", "digits": PACKAGE / "digits" / "prompts.txt"}
-# of the samplers of flow models: what their authors use
-NOISE_LEVELS = {"flow": 0.7, "dance": 0.3, "cps": 0.8}
 
 
 @dataclasses.dataclass
@@ -252,6 +250,9 @@ class Config:
     def samples_per_epoch(self) -> int:
         return self.prompts_per_epoch * self.group_size
 
+
+# stand-ins for the settings by component
+ModelSettings = SamplerSettings = Config
 
 PRESETS: dict[str, Config] = {
     # latents of 256 elements, a 64th of Stable Diffusion's: the clip range is on means over them, so it is wider

@@ -18,6 +18,7 @@ import torch
 
 from pcpo_fast.config import PRESETS, Config, read_config
 from pcpo_fast.policies import find_device, load_policy
+from pcpo_fast.policies.diffusers import COMPILED_VARIANTS
 from pcpo_fast.rewards import RewardError
 from pcpo_fast.trainer import Trainer
 
@@ -96,13 +97,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             preset, config = parse(sys.argv[1:] if arguments is None else arguments)
             if find_device(config.device).type == "cuda":
                 _make_deterministic()
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+            if config.compile:
+                torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
             folder = stack.enter_context(_run_folder(preset, config))
             config.output_dir = str(folder)
             # adapters start from these; the loop itself draws from generators of its own
             random.seed(config.seed)
             np.random.seed(config.seed % 2**32)
             torch.manual_seed(config.seed)
-            trainer = Trainer(config, load_policy(config), folder)
+            policy = load_policy(config, decode_batch=config.micro_batch_size, keep_reference=config.kl_weight > 0)
+            trainer = Trainer(config, policy, folder)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

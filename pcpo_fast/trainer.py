@@ -30,12 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pcpo_fast import samplers
 from pcpo_fast.advantages import Advantages
 from pcpo_fast.checkpoint import Checkpoints, averaged, get_random_state, set_random_state, write_atomically
 from pcpo_fast.config import Config, load_prompts, to_json
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
 from pcpo_fast.ops import PolicyLoss, policy_loss
-from pcpo_fast.policies import Conditioning, DiffusersPolicy
+from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.tables import StepTable
@@ -57,14 +58,14 @@ class Trainer:
         ValueError, FileNotFoundError: for anything that would fail later: prompts, rewards, scheduler, credit, resume.
     """
 
-    def __init__(self, config: Config, policy: DiffusersPolicy, folder: Path) -> None:
+    def __init__(self, config: Config, policy: Policy, folder: Path) -> None:
         self.config, self.policy, self.folder = config, policy, folder
         self.prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards)
         self.eval_rewards = RewardSet([name for name in config.eval_rewards if name not in self.rewards.rewards])
         self.windows = Windows(config, policy)
         self.table = self.windows.tables[0]
-        self.eval_table = policy.make_eval_table(config).to(policy.device)
+        self.eval_table = samplers.build_for_evaluation(config, policy.schedule()).to(policy.device)
         if config.release_text_encoders:
             policy.release_text_encoders(self.prompts)
         self.engine = RolloutEngine(policy, config.micro_batch_size)
@@ -151,7 +152,7 @@ class Trainer:
         self.table = self.windows.table(number, generator)
         trajectory = self._rollout(prompts, self.table, self.next_sample, signals)
         # waits for the GPU, as the rewards would
-        whole = trajectory.mend()
+        whole = trajectory.replace_nonfinite()
         sampled = time.perf_counter()
 
         rewards, scores = self.rewards(self.policy.decode(trajectory.latents), prompts)
@@ -269,7 +270,7 @@ class Trainer:
             prev_sample=trajectory.states[sample, step + 1],
             objective=config.objective,
             clip_range=config.clip_range,
-            ref_model_output=self.policy.reference(*inputs) if config.kl_weight else None,
+            ref_model_output=self.policy.predict_reference(*inputs) if config.kl_weight else None,
             kl_weight=config.kl_weight,
         )
 
@@ -304,12 +305,6 @@ class Trainer:
         distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
         batches = math.ceil(len(prompts) / self.config.micro_batch_size)
         with tqdm(total=batches * len(table), desc="rollout", leave=False, disable=None) as bar:
-
-            def after_step() -> None:
-                bar.update()
-                if signals is not None and signals.received:
-                    raise Interrupted
-
             return self.engine(
                 table,
                 self.policy.encode(list(distinct)),
@@ -317,7 +312,8 @@ class Trainer:
                 seed=self.config.seed,
                 first_index=first_index,
                 record=record,
-                after_step=after_step,
+                stop=lambda: signals is not None and signals.received is not None,
+                after_step=bar.update,
             )
 
     def _summary(self, seen: list[tuple[Tensor, PolicyLoss]], on_policy: int) -> Record:
@@ -387,18 +383,18 @@ class Windows:
         ValueError: if the sampler has nothing to train, or no room for the window.
     """
 
-    def __init__(self, config: Config, policy: DiffusersPolicy) -> None:
+    def __init__(self, config: Config, policy: Policy) -> None:
         self.config = config
         # the sampler's own credit exists for every sampler
         native = dataclasses.replace(config, credit="native", target_weight=None)
-        trainable = policy.make_table(native).trainable.nonzero().squeeze(1).tolist()
+        trainable = samplers.build(native, policy.schedule()).trainable.nonzero().squeeze(1).tolist()
         if not trainable:
             raise ValueError(
                 "every step of the sampler is deterministic, so there is nothing to train: raise --eta (diffusion) or "
                 "--noise-level (flow), or --num-inference-steps"
             )
         if config.window_size is None:
-            self.tables = [policy.make_table(config).to(policy.device)]
+            self.tables = [samplers.build(config, policy.schedule()).to(policy.device)]
             return
         first, end = trainable[0], trainable[-1] + 1
         start, stop = config.window_range or (first, end)
@@ -416,7 +412,7 @@ class Windows:
         windows = [(start, start + config.window_size) for start in starts]
         if config.window == "fixed":
             windows = windows[:1]
-        self.tables = [policy.make_table(config, window=window).to(policy.device) for window in windows]
+        self.tables = [samplers.build(config, policy.schedule(), window=window).to(policy.device) for window in windows]
 
     def table(self, epoch: int, generator: torch.Generator) -> StepTable:
         """Of an epoch, the first being 1."""

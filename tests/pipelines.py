@@ -267,7 +267,8 @@ def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
     """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
     config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
     torch.manual_seed(config.seed)
-    return Trainer(config, load_policy(config), folder)
+    policy = load_policy(config, decode_batch=config.micro_batch_size, keep_reference=config.kl_weight > 0)
+    return Trainer(config, policy, folder)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:
