@@ -62,7 +62,9 @@ class Trainer:
         self.config, self.policy, self.folder = config, policy, folder
         self.prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards)
-        self.eval_rewards = RewardSet([name for name in config.eval_rewards if name not in self.rewards.rewards])
+        self.eval_rewards = RewardSet(
+            [name for name in config.eval_rewards if name not in self.rewards.rewards], setting="eval_rewards"
+        )
         self.windows = Windows(config, policy)
         self.table = self.windows.tables[0]
         self.eval_table = samplers.build_for_evaluation(config, policy.schedule()).to(policy.device)
