@@ -36,7 +36,7 @@ from transformers import (
 
 from pcpo_fast.config import Config
 from pcpo_fast.digits.models import build_tokenizer
-from pcpo_fast.policies import load_policy
+from pcpo_fast.policies import Policy, load_policy
 from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
@@ -263,11 +263,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
-    """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
+def make_trainer(model: Path | str, folder: Path, policy: Policy | None = None, **settings) -> Trainer:
+    """A Trainer with SMALL settings and `settings` over them, as the command line makes it; or with a given policy."""
     config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
     torch.manual_seed(config.seed)
-    policy = load_policy(config, decode_batch=config.micro_batch_size, keep_reference=config.kl_weight > 0)
+    policy = policy or load_policy(config, decode_batch=config.micro_batch_size, keep_reference=config.kl_weight > 0)
     return Trainer(config, policy, folder)
 
 

@@ -114,7 +114,7 @@ def _find(name: str, setting: str) -> Reward:
     reward: Reward | None = getattr(module, function_name, None)
     if reward is None or not callable(reward):
         raise SettingError(
-            setting, f"the reward {name!r} is not there: {module_name} has no function {function_name!r}"
+            setting, f"the reward {name!r} is not there: module {module_name} has no function {function_name!r}"
         )
     return reward
 
