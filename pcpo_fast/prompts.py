@@ -9,8 +9,8 @@ import torch
 
 from pcpo_fast.errors import SettingError
 
-ASSETS = Path(__file__).parent / "assets"
-BUILT_IN = {"digits": ASSETS / "digits_prompts.txt", "animals": ASSETS / "animals_prompts.txt"}
+PACKAGE = Path(__file__).parent
+BUILT_IN = {"digits": PACKAGE / "digits" / "prompts.txt", "animals": PACKAGE / "animals.txt"}
 
 
 def load_prompts(prompts: str) -> list[str]:

@@ -34,9 +34,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from pcpo_fast.assets.build_digits import build_tokenizer
 from pcpo_fast.config import Config
-from pcpo_fast.policies import find_model
+from pcpo_fast.digits.models import build_tokenizer
+from pcpo_fast.policies import Policy, load_policy
 from pcpo_fast.rewards import Reward
 from pcpo_fast.trainer import Trainer
 
@@ -264,15 +264,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_trainer(model: Path, folder: Path, rewards: Mapping[str, Reward] | None = None, **settings) -> Trainer:
-    """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
-    if rewards is not None and not isinstance(rewards, Mapping):
-        rewards, settings = None, settings | {"rewards": rewards}
+def make_trainer(
+    model: Path | str,
+    folder: Path,
+    policy: Policy | None = None,
+    functions: Mapping[str, Reward] | None = None,
+    **settings,
+) -> Trainer:
+    """A Trainer with SMALL settings and `settings` over them, as the command line makes it; or with a given policy, or
+    with functions as its rewards."""
     config = Config().replace(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
     torch.manual_seed(config.run.seed)
-    decode_batch, keep_reference = config.run.micro_batch_size, config.loss.kl_weight > 0
-    policy = find_model(config.model).load(decode_batch=decode_batch, keep_reference=keep_reference)
-    return Trainer(config, policy, folder, rewards)
+    if policy is None:
+        decode_batch, keep_reference = config.run.micro_batch_size, config.loss.kl_weight > 0
+        policy = load_policy(config.model, decode_batch=decode_batch, keep_reference=keep_reference)
+    return Trainer(config, policy, folder, functions)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:
@@ -296,10 +302,12 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]
 
 
-def at_call(count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None) -> None:
-    """Calls `act` at the `count`-th call that the code of a file, or of any of several, makes or takes, or that its `function` does.
+def at_call(
+    count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None
+) -> None:
+    """Calls `act` at the `count`-th call that the code of a file makes or takes, or that its `function` does.
 
-    Holds until sys.setprofile(None).
+    `file` is the end of its path, or several. Holds until sys.setprofile(None).
     """
 
     def profile(frame, event, argument):

@@ -150,25 +150,25 @@ def test_weights_that_change_are_seen(policy, table):
     assert torch.equal(run(policy, table, engine=engine).latents, before.latents)
 
 
-def test_graph_key(policy):
+def test_capture_key(policy):
     """Changes with what a captured graph would not follow, and not with what it would."""
-    key = policy.graph_key()
+    key = policy.capture_key()
     weight = next(w for w in policy.denoiser.parameters() if w.requires_grad)
     with torch.no_grad():
         weight.add_(1).sub_(1)
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
     policy.denoiser.disable_adapters()
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     policy.denoiser.enable_adapters()
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
     data = weight.data
     weight.data = data.clone()
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     weight.data = data
     policy.guidance_scale += 1
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     policy.guidance_scale -= 1
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
 
 
 def test_graphs_need_a_gpu(policy):
@@ -233,19 +233,35 @@ def test_without_record_the_latents_are_the_same(policy, table):
     assert bare.states.shape[1] == 1 and bare.model_outputs.numel() == 0
 
 
-def test_after_step_is_called_after_every_step_and_may_end_the_rollout(policy, table):
+def test_after_step_is_called_after_every_step_and_stop_ends_the_rollout(policy, table):
     calls = []
     run(policy, table, batch_size=2, after_step=lambda: calls.append(1))
     assert len(calls) == 3 * STEPS
-
-    def stop():
-        raise Interrupted
-
-    engine = RolloutEngine(policy, 2)
+    engine, calls = RolloutEngine(policy, 2), []
     with pytest.raises(Interrupted):
-        run(policy, table, engine=engine, after_step=stop)
+        run(policy, table, engine=engine, after_step=lambda: calls.append(1), stop=lambda: len(calls) == STEPS + 2)
+    assert len(calls) == STEPS + 2
     # and leaves nothing behind
     assert torch.equal(run(policy, table, engine=engine).states, run(policy, table, batch_size=2).states)
+
+
+def test_a_trajectory_knows_its_table(policy, table):
+    other = ddim_table.from_scheduler(policy.pipeline.scheduler, STEPS, eta=0.5)
+    engine = RolloutEngine(policy, 5)
+    assert [run(policy, used, engine=engine).table for used in (table, other)] == [table, other]
+    assert run(policy, table, engine=engine, record=False).table is table
+
+
+def test_spans_name_what_a_profile_shows(policy, table):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy.decode(run(policy, table).latents)
+    spans = {event.name: event for event in profile.events() if event.name in ("sample", "decode")}
+    assert spans.keys() == {"sample", "decode"}
+    # the denoiser's attention is inside of the one, the autoencoder's convolutions are inside of the other
+    for name, inner in (("sample", "aten::scaled_dot_product_attention"), ("decode", "aten::conv2d")):
+        span = spans[name].time_range
+        inside = [e for e in profile.events() if e.name == inner and span.start <= e.time_range.start <= span.end]
+        assert inside
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -560,7 +560,7 @@ def test_a_reward_may_be_a_python_function(model, tmp_path):
         assert len(images) == len(prompts)
         return images.mean(dim=(1, 2, 3))
 
-    trainer = make_trainer(model, tmp_path, rewards={"bright": brightness})
+    trainer = make_trainer(model, tmp_path, functions={"bright": brightness})
     assert trainer.train() is None
     before, first, *_ = trainer.metrics.records
     assert 0 < first["reward/bright"] == first["reward/mean"] < 1
