@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pcpo_fast.metrics import Record
 from pcpo_fast.ops import PolicyLoss
-from pcpo_fast.tables import StepTable
+from pcpo_fast.samplers import StepTable
 
 
 def summarize(

@@ -86,8 +86,7 @@ def check(config: Config) -> ModelSource:
     """
     load_prompts(config.data.prompts)
     RewardSet(config.data.rewards)
-    RewardSet(config.data.eval_rewards, "eval_rewards")
-    find_device(config.model.device)
+    RewardSet(config.data.eval_rewards, setting="eval_rewards")
     source = find_model(config.model)
     WindowSchedule(config, source.schedule())
     samplers.build_for_evaluation(config.sampler, source.schedule())
@@ -96,8 +95,6 @@ def check(config: Config) -> ModelSource:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line. Returns 0, or 2 for input that cannot be run, or 128 + n after signal n."""
-    from accelerate.utils import set_seed
-
     with contextlib.ExitStack() as stack:
         try:
             preset, config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -105,8 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = stack.enter_context(run_folder(config.run.output_dir, preset, resume=config.run.resume))
             config = config.replace(output_dir=str(folder))
             _set_globals(config)
-            # adapters are initialised from these; the loop draws from its own generators
-            set_seed(config.run.seed % 2**32)
             policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
             trainer = Trainer(config, policy, folder)
         except SettingError as error:
@@ -128,7 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _set_globals(config: Config) -> None:
-    """Sets what PyTorch has once for the whole process."""
+    """Sets what is global to the process: seeds, and PyTorch's modes."""
+    from accelerate.utils import set_seed
+
+    # adapters are initialised from this one; the loop draws from its own generators
+    set_seed(config.run.seed % 2**32)
     if config.model.compile:
         import torch._dynamo
 

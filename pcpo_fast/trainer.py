@@ -41,7 +41,7 @@ from pcpo_fast.checkpoint import Checkpoints, get_random_state, kept_random_stat
 from pcpo_fast.config import Config
 from pcpo_fast.files import write_atomically
 from pcpo_fast.metrics import Metrics, Record
-from pcpo_fast.ops import PolicyLoss, policy_loss
+from pcpo_fast.ops import PolicyLoss, Reference, StoredStates, policy_loss
 from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.pictures import save_curves, save_samples
 from pcpo_fast.policies import Policy
@@ -50,7 +50,7 @@ from pcpo_fast.rewards import Reward, RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.signals import Signals, never
 from pcpo_fast.summary import finite_mean, summarize
-from pcpo_fast.tables import StepTable
+from pcpo_fast.samplers import StepTable
 from pcpo_fast.windows import WindowSchedule
 
 # evaluation draws its noise from global sample indices that no training run reaches
@@ -77,7 +77,9 @@ class Trainer:
         self.policy, self.folder = policy, folder
         self.prompts = load_prompts(config.data.prompts)
         self.rewards = RewardSet(config.data.rewards if rewards is None else rewards)
-        self.eval_rewards = RewardSet([name for name in config.data.eval_rewards if name not in self.rewards.rewards])
+        self.eval_rewards = RewardSet(
+            [name for name in config.data.eval_rewards if name not in self.rewards.rewards], setting="eval_rewards"
+        )
         self.windows = WindowSchedule(config, policy.schedule(), policy.device)
         self.eval_table = samplers.build_for_evaluation(config.sampler, policy.schedule()).to(policy.device)
         if config.model.release_text_encoders:
@@ -205,19 +207,20 @@ class Trainer:
     def loss(self, batch: Batch, sample: Tensor, step: Tensor) -> PolicyLoss:
         """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
         settings, trajectory, inputs = self.config.loss, batch.trajectory, batch.inputs(sample, step)
+        kl = None
+        if settings.kl_weight:
+            kl = Reference(self.policy.predict_reference(*inputs), settings.kl_weight)
         return policy_loss(
             self.policy.predict(*inputs),
             trajectory.model_outputs[sample, step],
-            None,
+            StoredStates(inputs[0], trajectory.states[sample, step + 1]),
             trajectory.table,
             step,
             batch.advantages[sample],
-            sample=inputs[0],
-            prev_sample=trajectory.states[sample, step + 1],
-            objective=settings.objective,
+            # guard is a table, see WindowSchedule
+            objective="pcpo" if settings.objective == "pcpo" else "ppo",
             clip_range=settings.clip_range,
-            ref_model_output=self.policy.predict_reference(*inputs) if settings.kl_weight else None,
-            kl_weight=settings.kl_weight,
+            kl=kl,
         )
 
     def evaluate(self, name: str, stop: Callable[[], bool] = never) -> Record:

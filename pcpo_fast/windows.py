@@ -9,8 +9,7 @@ import torch
 from pcpo_fast import samplers
 from pcpo_fast.config import Config
 from pcpo_fast.errors import SettingError
-from pcpo_fast.samplers import Schedule
-from pcpo_fast.tables import StepTable
+from pcpo_fast.samplers import Schedule, StepTable
 
 
 class WindowSchedule:
@@ -53,7 +52,10 @@ class WindowSchedule:
             windows = [(place, place + size) for place in range(start, stop - size + 1)]
         if settings.window == "fixed":
             windows = windows[:1]
-        self.tables = [samplers.build(settings, schedule, window=window).to(device) for window in windows]
+        tables = [samplers.build(settings, schedule, window=window) for window in windows]
+        if config.loss.objective == "guard":
+            tables = [table.guarded() for table in tables]
+        self.tables = [table.to(device) for table in tables]
 
     def table(self, epoch: int, generator: torch.Generator) -> StepTable:
         """The table of an epoch, counted from 1."""
