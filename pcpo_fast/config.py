@@ -340,7 +340,8 @@ def _read_yaml(text: str) -> Any:
 
 def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings by the name of their group."""
-    groups = {field.name: [f.name for f in dataclasses.fields(field.default)] for field in dataclasses.fields(Config)}
+    default = Config()
+    groups = {group: [f.name for f in dataclasses.fields(getattr(default, group))] for group in vars(default)}
     known = [name for names in groups.values() for name in names]
     for name in settings:
         if name not in known:

@@ -19,11 +19,14 @@ class Optimizer:
     Args:
         parameters: what is trained.
         settings: with a learning rate.
-        scaled: scale the loss, as fp16 needs it.
+        dtype: the model's; with float16 the loss is scaled.
+
+    Raises:
+        ValueError: for settings without a learning rate.
     """
 
     def __init__(
-        self, parameters: Sequence[torch.nn.Parameter], settings: OptimizerSettings, *, scaled: bool = False
+        self, parameters: Sequence[torch.nn.Parameter], settings: OptimizerSettings, dtype: torch.dtype = torch.float32
     ) -> None:
         if settings.learning_rate is None:
             raise ValueError("the learning rate is not set; take the optimizer settings of config.resolved()")
@@ -37,7 +40,7 @@ class Optimizer:
             # fused AdamW can skip a step on the device
             fused=True,
         )
-        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scaled)
+        self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
         self.ema = None
         if settings.ema_decay:
             from diffusers.training_utils import EMAModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,8 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
     write_atomically(path, file.getvalue())
 
 
-def save_curves(metrics: Metrics, timesteps: Sequence[float], eval_keys: Sequence[str], path: Path) -> None:
-    """Draws reward, the scores `eval_keys` and the clip fraction per timestep over epochs as one PNG."""
+def save_curves(metrics: Metrics, timesteps: Sequence[float], held_out: Iterable[str], folder: Path) -> None:
+    """Draws the reward, the scores `held_out` and the clip fraction per timestep over epochs, as `curves.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -67,10 +67,10 @@ def save_curves(metrics: Metrics, timesteps: Sequence[float], eval_keys: Sequenc
     reward_axes.set(title="Reward", xlabel="epoch", ylabel="reward")
     reward_axes.legend()
 
-    for key in eval_keys:
-        eval_axes.plot(*metrics.series(key), "o-", label=key.removeprefix("eval/"))
+    for name in held_out:
+        eval_axes.plot(*metrics.series(f"eval/{name}"), "o-", label=name)
     eval_axes.set(title="Evaluation on scores not trained on", xlabel="epoch", ylabel="score")
-    if eval_keys:
+    if eval_axes.lines:
         eval_axes.legend()
 
     epochs, fractions = metrics.series("update/clip_fraction_per_step")
@@ -91,4 +91,4 @@ def save_curves(metrics: Metrics, timesteps: Sequence[float], eval_keys: Sequenc
     clip_axes.set(title="Clipped rows per timestep", xlabel="epoch", ylabel="timestep")
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
-    write_atomically(path, file.getvalue())
+    write_atomically(folder / "curves.png", file.getvalue())

@@ -1,9 +1,9 @@
-"""What an epoch's updates saw, as the numbers of its metrics record."""
+"""The numbers of an epoch's metrics record."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,18 @@ from pcpo_fast.ops import PolicyLoss
 from pcpo_fast.samplers import StepTable
 
 
-def summarize(
+def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
+    """Mean and std of the finite rewards, float32 (N,), how many are not finite, and the mean of each score by name."""
+    finite = rewards.isfinite()
+    return {
+        "reward/mean": rewards[finite].mean().item(),
+        "reward/std": rewards[finite].std(correction=0).item(),
+        "reward/not_finite": int((~finite).sum()),
+        **{f"reward/{name}": finite_mean(score) for name, score in scores.items()},
+    }
+
+
+def update_summary(
     table: StepTable, seen: Sequence[tuple[Tensor, PolicyLoss]], on_policy: int, norms: Sequence[Tensor]
 ) -> Record:
     """Means over all rows and per step; warns if the first ratio was not exactly 1. Waits for the GPU.

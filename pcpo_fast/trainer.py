@@ -1,8 +1,8 @@
 """The training loop: prompts -> rollout -> rewards -> advantages -> update.
 
-Each epoch samples `prompts_per_epoch * group_size` images with the current policy, scores them and turns the scores
-into advantages. Its rows are the (image, step) pairs of all trained steps, shuffled together and cut into micro-batches
-of one fixed shape; `policy_loss` pushes each row towards the step it took, or away from it.
+Each epoch samples images with the current policy, scores them and turns the scores into advantages. Its rows are the
+(image, step) pairs of all trained steps, shuffled together and cut into micro-batches of one fixed shape; `policy_loss`
+pushes each row towards the step it took, or away from it.
 
     PCPO (Lee and Ye, arXiv 2509.25774)               --objective pcpo
     DDPO (Black et al., arXiv 2305.13301)             --objective ppo --credit native, on a diffusion model
@@ -22,11 +22,11 @@ the policy's arithmetic is deterministic, as on a CPU.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.profiler import record_function
 from tqdm import tqdm
 
-from pcpo_fast import samplers
 from pcpo_fast.advantages import Advantages
 from pcpo_fast.batch import Batch
 from pcpo_fast.checkpoint import Checkpoints, get_random_state, kept_random_state
@@ -48,9 +47,9 @@ from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import draw_prompts, load_prompts
 from pcpo_fast.rewards import Reward, RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
+from pcpo_fast.samplers import StepTable, build_for_evaluation
 from pcpo_fast.signals import Signals, never
-from pcpo_fast.summary import finite_mean, summarize
-from pcpo_fast.samplers import StepTable
+from pcpo_fast.summary import finite_mean, reward_summary, update_summary
 from pcpo_fast.windows import WindowSchedule
 
 # evaluation draws its noise from global sample indices that no training run reaches
@@ -77,56 +76,46 @@ class Trainer:
         self.policy, self.folder = policy, folder
         self.prompts = load_prompts(config.data.prompts)
         self.rewards = RewardSet(config.data.rewards if rewards is None else rewards)
-        self.eval_rewards = RewardSet(
-            [name for name in config.data.eval_rewards if name not in self.rewards.rewards], setting="eval_rewards"
-        )
+        held_out = [name for name in config.data.eval_rewards if name not in self.rewards.rewards]
+        self.eval_rewards = RewardSet(held_out, setting="eval_rewards")
         self.windows = WindowSchedule(config, policy.schedule(), policy.device)
-        self.eval_table = samplers.build_for_evaluation(config.sampler, policy.schedule()).to(policy.device)
+        self.eval_table = build_for_evaluation(config.sampler, policy.schedule()).to(policy.device)
         if config.model.release_text_encoders:
             policy.release_text_encoders(self.prompts)
         self.engine = RolloutEngine(policy, config.run.micro_batch_size)
-        self.optimizer = Optimizer(
-            policy.trainable_parameters(), config.optimizer, scaled=policy.dtype == torch.float16
-        )
-        loss = config.loss
-        self.advantages = Advantages(
-            loss.advantage, loss.advantage_clip, loss.prompt_buffer_size, loss.prompt_buffer_min
-        )
+        self.optimizer = Optimizer(policy.trainable_parameters(), config.optimizer, policy.dtype)
+        self.advantages = Advantages(config.loss)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
         # finished epochs, the sample index from which the next one draws noise, the epoch of the last evaluation
-        self.epoch, self.next_sample, self.evaluated = 0, 0, -1
-        records, latest = 0, self.checkpoints.latest() if config.run.resume else None
+        state = {"epoch": 0, "next_sample": 0, "evaluated": -1, "records": 0, "advantages": {}}
+        latest = self.checkpoints.latest() if config.run.resume else None
         if latest is not None:
             state = self.checkpoints.load(latest, policy, self.optimizer)
-            self.epoch, self.next_sample, self.evaluated = (state[k] for k in ("epoch", "next_sample", "evaluated"))
-            self.advantages.load_state_dict(state["advantages"])
-            records = state["records"]
+        self.epoch, self.next_sample, self.evaluated = (state[key] for key in ("epoch", "next_sample", "evaluated"))
+        self.advantages.load_state_dict(state["advantages"])
         folder.mkdir(parents=True, exist_ok=True)
-        # first of all files, since resuming needs it; without `resume`, so that other runs can start from it
+        # the first file, since resuming needs it; without `resume`, so that other runs can start from it
         write_atomically(folder / "config.json", config.replace(resume=False).to_json().encode())
-        self.metrics = Metrics(folder, kept=records)
+        self.metrics = Metrics(folder, kept=state["records"])
 
     def train(self) -> int | None:
         """Runs the remaining epochs. Returns the signal that ended the run early, or None."""
         epochs = self.config.run.epochs
-        with Signals() as signals, tqdm(total=epochs, initial=self.epoch, desc="epochs", unit="epoch") as bar:
-            with contextlib.suppress(Interrupted):
+        with Signals() as signals, suppress(Interrupted), tqdm(total=epochs, initial=self.epoch, desc="epochs") as bar:
+            with self._saved_on_error():
+                self._finish_epoch(signals.stop)
+            while self.epoch < epochs and not signals.stop():
+                # sample, score, advantages: nothing has changed yet, so an error or a signal here loses nothing
                 with self._saved_on_error():
-                    self._evaluate_and_save(signals.stop)
-                while self.epoch < epochs and not signals.stop():
-                    # sample, score, advantages: nothing has changed yet, so an error or a signal here loses nothing
-                    with self._saved_on_error():
-                        batch = self.collect(signals.stop)
-                    # changes weights, and only whole updates are saved
-                    record = self.update(batch)
-                    with self._saved_on_error():
-                        self.metrics.write(record)
-                        self._evaluate_and_save(signals.stop)
-                    bar.update()
-                    bar.set_postfix(
-                        reward=f"{record['reward/mean']:.3f}", clipped=f"{record['update/clip_fraction']:.2f}"
-                    )
-                self._save(get_random_state())
+                    batch = self.collect(signals.stop)
+                # changes weights; only whole updates are saved
+                record = self.update(batch)
+                with self._saved_on_error():
+                    self.metrics.write(record)
+                    self._finish_epoch(signals.stop)
+                bar.update()
+                bar.set_postfix({key: f"{record[key]:.3f}" for key in ("reward/mean", "update/clip_fraction")})
+            self._save(get_random_state())
         self.metrics.close()
         return signals.received
 
@@ -151,21 +140,13 @@ class Trainer:
             rewards, scores = self.rewards(images, prompts)
         # excluded samples get advantage 0; non-finite rows were replaced, so no NaN
         rewards[~complete] = math.nan
-        finite = rewards.isfinite()
-        if not finite.any():
+        if not rewards.isfinite().any():
             raise RewardError(
-                f"every reward of epoch {epoch} is NaN or infinite ({', '.join(self.rewards.rewards)}); look at the "
-                f"reward, or at the images: the policy may have diverged (learning_rate {config.learning_rate})"
+                f"every reward of epoch {epoch} is NaN or infinite ({', '.join(scores)}); look at the reward, or at "
+                f"the images: the policy may have diverged (learning_rate {config.learning_rate})"
             )
-        record = {
-            "epoch": epoch,
-            "reward/mean": rewards[finite].mean().item(),
-            "reward/std": rewards[finite].std(correction=0).item(),
-            "reward/not_finite": int((~finite).sum()),
-            **{f"reward/{name}": finite_mean(score) for name, score in scores.items()},
-            "time/rollout": sampled - started,
-            "time/reward": time.perf_counter() - sampled,
-        }
+        record = {"epoch": epoch, **reward_summary(rewards, scores), "time/rollout": sampled - started}
+        record["time/reward"] = time.perf_counter() - sampled
         advantages = self.advantages(rewards, prompts, config.run.group_size).to(self.policy.device)
         return Batch(trajectory, advantages, generator, record)
 
@@ -175,11 +156,12 @@ class Trainer:
         Measurements stay on the device until the end, so that nothing in between waits for a GPU.
         """
         run, started, samples = self.config.run, time.perf_counter(), len(batch.advantages)
-        size, fraction = run.micro_batch_size, run.timestep_fraction
-        passes = [list(batch.micro_batches(size, fraction)) for _ in range(run.inner_epochs)]
+        passes = [
+            list(batch.micro_batches(run.micro_batch_size, run.timestep_fraction)) for _ in range(run.inner_epochs)
+        ]
         if run.old_outputs == "recompute":
             # all passes have the same rows, unless each trains a fraction of them
-            for rows in itertools.chain(*(passes if fraction < 1 else passes[:1])):
+            for rows in itertools.chain(*(passes if run.timestep_fraction < 1 else passes[:1])):
                 # with gradients enabled, as in training: without them a compiled denoiser is another one
                 batch.trajectory.model_outputs[rows] = self.policy.predict(*batch.inputs(*rows)).detach()
         seen: list[tuple[Tensor, PolicyLoss]] = []
@@ -198,7 +180,7 @@ class Trainer:
                     norms.append(self.optimizer.step())
         # before the first optimizer step the policy is still the one that sampled
         on_policy = min(run.gradient_accumulation_steps, len(passes[0]))
-        record = batch.record | summarize(batch.trajectory.table, seen, on_policy, norms)
+        record = batch.record | update_summary(batch.trajectory.table, seen, on_policy, norms)
         self.epoch, self.next_sample = self.epoch + 1, self.next_sample + samples
         record["time/update"] = time.perf_counter() - started
         record["time/images_per_second"] = samples / sum(record[f"time/{p}"] for p in ("rollout", "reward", "update"))
@@ -207,9 +189,7 @@ class Trainer:
     def loss(self, batch: Batch, sample: Tensor, step: Tensor) -> PolicyLoss:
         """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
         settings, trajectory, inputs = self.config.loss, batch.trajectory, batch.inputs(sample, step)
-        kl = None
-        if settings.kl_weight:
-            kl = Reference(self.policy.predict_reference(*inputs), settings.kl_weight)
+        weight = settings.kl_weight
         return policy_loss(
             self.policy.predict(*inputs),
             trajectory.model_outputs[sample, step],
@@ -217,25 +197,24 @@ class Trainer:
             trajectory.table,
             step,
             batch.advantages[sample],
-            # guard is a table, see WindowSchedule
+            # guard is a change of the table, see WindowSchedule
             objective="pcpo" if settings.objective == "pcpo" else "ppo",
             clip_range=settings.clip_range,
-            kl=kl,
+            kl=Reference(self.policy.predict_reference(*inputs), weight) if weight else None,
         )
 
     def evaluate(self, name: str, stop: Callable[[], bool] = never) -> Record:
-        """Scores images of the prompts in turn, with the same seeds every time, and saves some as samples_<name>.png;
-        uses the moving average of the weights if there is one. Leaves the random states as they are."""
+        """Scores images of the prompts in turn, with the same seeds every time and the moving average of the weights if
+        there is one; saves some as samples_<name>.png. Leaves the random states as they are."""
         prompts = [self.prompts[index % len(self.prompts)] for index in range(self.config.run.eval_samples)]
         with kept_random_state():
             with self.optimizer.averaged():
                 latents = self._sample(prompts, self.eval_table, EVAL_FIRST_INDEX, stop, record=False).latents
             images = self.policy.decode(latents)
             total, scores = self.rewards(images, prompts)
-            _, eval_scores = self.eval_rewards(images, prompts)
+            scores |= self.eval_rewards(images, prompts)[1]
         save_samples(images[: len(self.prompts)], self.folder / f"samples_{name}.png")
-        means = {f"eval/{key}": finite_mean(score) for key, score in (scores | eval_scores).items()}
-        return {"eval/reward": finite_mean(total), **means}
+        return {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
 
     def _sample(
         self, prompts: list[str], table: StepTable, first_index: int, stop: Callable[[], bool], record: bool = True
@@ -254,22 +233,20 @@ class Trainer:
                 stop=stop,
             )
 
-    def _evaluate_and_save(self, stop: Callable[[], bool]) -> None:
-        """Ends an epoch: evaluates if that is due, draws the curves, and saves a checkpoint if that is due."""
-        run = self.config.run
-        due = self.epoch in (0, run.epochs) or (run.eval_every > 0 and self.epoch % run.eval_every == 0)
-        if due and self.evaluated != self.epoch:
-            scores = self.evaluate("after" if self.epoch else "before", stop)
-            self.metrics.write({"epoch": self.epoch, **scores})
-            self.evaluated = self.epoch
-        held_out = [f"eval/{name}" for name in self.eval_rewards.rewards]
-        save_curves(self.metrics, self.eval_table.timesteps.tolist(), held_out, self.folder / "curves.png")
-        if self.epoch and self.epoch % run.checkpoint_every == 0:
+    def _finish_epoch(self, stop: Callable[[], bool]) -> None:
+        """Evaluates and saves a checkpoint if these are due, and draws the curves."""
+        run, epoch = self.config.run, self.epoch
+        due = epoch == 0 or epoch >= run.epochs or (run.eval_every > 0 and epoch % run.eval_every == 0)
+        if due and self.evaluated != epoch:
+            self.metrics.write({"epoch": epoch, **self.evaluate("after" if epoch else "before", stop)})
+            self.evaluated = epoch
+        save_curves(self.metrics, self.eval_table.timesteps.tolist(), self.eval_rewards.rewards, self.folder)
+        if epoch and epoch % run.checkpoint_every == 0:
             self._save(get_random_state())
 
-    @contextlib.contextmanager
+    @contextmanager
     def _saved_on_error(self) -> Iterator[None]:
-        """Saves the finished epochs if what is done inside, which changes no weights, fails or is interrupted."""
+        """Saves the finished epochs if the work inside, which changes no weights, fails or is interrupted."""
         random_state = get_random_state()
         try:
             yield

@@ -302,9 +302,7 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]
 
 
-def at_call(
-    count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None
-) -> None:
+def at_call(count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None) -> None:
     """Calls `act` at the `count`-th call that the code of a file makes or takes, or that its `function` does.
 
     `file` is the end of its path, or several. Holds until sys.setprofile(None).

@@ -866,9 +866,9 @@ def test_yaml_files(tmp_path):
 
 
 def test_unknown_settings_are_refused_with_the_nearest_name():
-    with pytest.raises(SettingError, match="groupsize: no setting has this name; did you mean group_size?"):
+    with pytest.raises(SettingError, match=r"groupsize: no setting has this name; did you mean group_size\?"):
         Config().replace(groupsize=3)
-    with pytest.raises(SettingError, match="xyz: no setting has this name$"):
+    with pytest.raises(SettingError, match=r"xyz: no setting has this name$"):
         Config().replace(xyz=3)
 
 
