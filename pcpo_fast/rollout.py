@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from pcpo_fast.ops import sample_noise, sampler_step
+from pcpo_fast.ops import NoiseKey, sample_noise, sampler_step
 from pcpo_fast.policies import Conditioning, Policy
-from pcpo_fast.tables import StepTable
+from pcpo_fast.samplers import StepTable
 
 # the stream of the latents that sampling starts from; stream 0 is the sampler steps' own
 INITIAL_LATENTS = 1
@@ -191,8 +191,9 @@ class StaticStep:
         self.table = dataclasses.replace(table, timesteps=table.timesteps.clone())
         self.conditioning = conditioning[torch.zeros(batch_size, dtype=torch.int64, device=device)]
         self.sample = torch.zeros(shape, device=device)
-        self.sample_index = torch.arange(batch_size, device=device)
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
+        self.sample_index = torch.arange(batch_size, device=device)
+        self.key = NoiseKey(self.seed, self.sample_index)
         # the step's number, one per row as the ops take it
         self.step = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.states = self.model_outputs = None
@@ -214,14 +215,7 @@ class StaticStep:
         self.seed.fill_(seed)
         self.step.zero_()
         self.sample.copy_(
-            sample_noise(
-                tuple(self.sample.shape),
-                self.table,
-                self.step,
-                seed=self.seed,
-                sample_index=self.sample_index,
-                stream=INITIAL_LATENTS,
-            )
+            sample_noise(tuple(self.sample.shape), self.table, self.step, self.key, stream=INITIAL_LATENTS)
         )
 
     def run(self) -> None:
@@ -256,15 +250,7 @@ class StaticStep:
     def _advance(self) -> None:
         """Takes one step: x becomes x', and the step's number the next one."""
         output = self.policy.predict(self.sample, self.table.timesteps[self.step], self.conditioning)
-        stepped = sampler_step(
-            output,
-            self.sample,
-            self.table,
-            self.step,
-            seed=self.seed,
-            sample_index=self.sample_index,
-            return_noise=False,
-        )
+        stepped = sampler_step(output, self.sample, self.table, self.step, self.key, return_noise=False)
         if self.states is not None and self.model_outputs is not None:
             self.states.index_copy_(1, self.step[:1], self.sample.unsqueeze(1))
             self.model_outputs.index_copy_(1, self.step[:1], stepped.model_output.unsqueeze(1))

@@ -35,11 +35,11 @@ from pcpo_fast.advantages import Advantages
 from pcpo_fast.checkpoint import Checkpoints, averaged, get_random_state, set_random_state, write_atomically
 from pcpo_fast.config import Config, load_prompts, to_json
 from pcpo_fast.metrics import Metrics, Record, save_curves, save_grid
-from pcpo_fast.ops import PolicyLoss, policy_loss
+from pcpo_fast.ops import PolicyLoss, Reference, StoredStates, policy_loss
 from pcpo_fast.policies import Conditioning, Policy
 from pcpo_fast.rewards import RewardError, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
-from pcpo_fast.tables import StepTable
+from pcpo_fast.samplers import StepTable
 
 # evaluation draws its noise from global sample indices that no training run reaches
 EVAL_FIRST_INDEX = 2**36
@@ -264,16 +264,13 @@ class Trainer:
         return policy_loss(
             output,
             trajectory.model_outputs[sample, step],
-            None,
-            table,
+            StoredStates(inputs[0], trajectory.states[sample, step + 1]),
+            table.guarded() if config.objective == "guard" else table,
             step,
             advantages[sample],
-            sample=inputs[0],
-            prev_sample=trajectory.states[sample, step + 1],
-            objective=config.objective,
+            objective="pcpo" if config.objective == "pcpo" else "ppo",
             clip_range=config.clip_range,
-            ref_model_output=self.policy.predict_reference(*inputs) if config.kl_weight else None,
-            kl_weight=config.kl_weight,
+            kl=Reference(self.policy.predict_reference(*inputs), config.kl_weight) if config.kl_weight else None,
         )
 
     def evaluate(self, name: str, signals: Signals | None = None) -> Record:

@@ -402,9 +402,7 @@ def test_sdxl_is_told_its_size(models):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize(
-    ("name", "value"), [("sampler", "dance"), ("noise_level", 0.3), ("shift", 3.0), ("normalized_log_prob", False)]
-)
+@pytest.mark.parametrize(("name", "value"), [("sampler", "dance"), ("noise_level", 0.3), ("shift", 3.0)])
 def test_settings_of_flow_models_are_refused_elsewhere(models, family, name, value):
     source = find_model(make_settings(models[family]))
     with refused(name, ""):

@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 from torch import Tensor
 
-from pcpo_fast import flow_table, sampler_step
+from pcpo_fast import Guidance, NoiseKey, StepTable, sampler_step
 from pcpo_fast.digits.models import LATENT_SHAPE, MAX_PROMPT_TOKENS, decode
 from pcpo_fast.digits.rewards import DigitClassifier, digit_of
 
@@ -51,15 +51,16 @@ def generate_stochastic(
 ) -> Tensor:
     """Sample one picture per prompt with 10 steps of Flow-SDE, noise level 0.7, as in alignment: (N, 3, 32, 32) in
     [0, 1]."""
-    table = flow_table.from_scheduler(pipeline.scheduler, FLOW_NUM_INFERENCE_STEPS, noise_level=FLOW_NOISE_LEVEL)
+    table = StepTable.from_scheduler(pipeline.scheduler, FLOW_NUM_INFERENCE_STEPS, noise_level=FLOW_NOISE_LEVEL)
+    key = NoiseKey(seed, torch.arange(len(texts)))
     embeds = pipeline.encode_prompt(texts, texts, texts, max_sequence_length=MAX_PROMPT_TOKENS)
     condition, pooled = torch.cat(embeds[:2]), torch.cat(embeds[2:])
     latents = torch.randn(len(texts), *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
     for step, timestep in enumerate(table.timesteps):
         output = pipeline.transformer(latents.repeat(2, 1, 1, 1), condition, pooled, timestep.expand(2 * len(texts)))
         prompted, unprompted = output.sample.chunk(2)
-        guidance = {"uncond_output": unprompted, "guidance_scale": guidance_scale}
-        latents = sampler_step(prompted, latents, table, step, seed=seed, **guidance).prev_sample
+        guidance = Guidance(unprompted, guidance_scale)
+        latents = sampler_step(prompted, latents, table, step, key, guidance=guidance).prev_sample
     return decode(pipeline.vae, latents) / 2 + 0.5
 
 
