@@ -65,8 +65,7 @@ class Trainer:
         folder: the run folder.
         rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
 
-    Raises:
-        SettingError: for a setting that cannot be run.
+    Raises SettingError for a setting that cannot be run.
     """
 
     def __init__(
@@ -134,7 +133,6 @@ class Trainer:
         # waits for the GPU, as the rewards would
         complete = trajectory.replace_nonfinite()
         sampled = time.perf_counter()
-
         images = self.policy.decode(trajectory.latents)
         with record_function("reward"):
             rewards, scores = self.rewards(images, prompts)
@@ -156,12 +154,11 @@ class Trainer:
         Measurements stay on the device until the end, so that nothing in between waits for a GPU.
         """
         run, started, samples = self.config.run, time.perf_counter(), len(batch.advantages)
-        passes = [
-            list(batch.micro_batches(run.micro_batch_size, run.timestep_fraction)) for _ in range(run.inner_epochs)
-        ]
+        size, fraction = run.micro_batch_size, run.timestep_fraction
+        passes = [list(batch.micro_batches(size, fraction)) for _ in range(run.inner_epochs)]
         if run.old_outputs == "recompute":
             # all passes have the same rows, unless each trains a fraction of them
-            for rows in itertools.chain(*(passes if run.timestep_fraction < 1 else passes[:1])):
+            for rows in itertools.chain(*(passes if fraction < 1 else passes[:1])):
                 # with gradients enabled, as in training: without them a compiled denoiser is another one
                 batch.trajectory.model_outputs[rows] = self.policy.predict(*batch.inputs(*rows)).detach()
         seen: list[tuple[Tensor, PolicyLoss]] = []
@@ -255,10 +252,6 @@ class Trainer:
             raise
 
     def _save(self, random_state: dict) -> None:
-        state = {
-            "next_sample": self.next_sample,
-            "evaluated": self.evaluated,
-            "records": len(self.metrics.records),
-            "advantages": self.advantages.state_dict(),
-        }
+        state = {"next_sample": self.next_sample, "evaluated": self.evaluated, "records": len(self.metrics.records)}
+        state |= {"advantages": self.advantages.state_dict()}
         self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)

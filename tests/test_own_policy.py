@@ -1,16 +1,20 @@
-"""A policy that is no diffusers pipeline and has embeddings and a mask, but no pooled vector: a trainer's whole run."""
+"""Policies of one's own: a class that is no diffusers pipeline, with embeddings and a mask and no pooled vector; and the
+family of models that docs/policies.md adds."""
 
 import math
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler
-from pipelines import make_trainer, records
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from pipelines import autoencoder, make_trainer, records, t5
 from safetensors.torch import load_file, save_file
 
 from pcpo_fast import samplers
-from pcpo_fast.policies import Conditioning
+from pcpo_fast.policies import FAMILIES, Conditioning
 from pcpo_fast.rollout import RolloutEngine
 
 pytest_plugins = "pipelines"
@@ -118,3 +122,51 @@ def test_it_trains(tmp_path):
     make_trainer("digits", tmp_path / "cut", cut, **settings | {"epochs": 1}).train()
     make_trainer("digits", tmp_path / "cut", resumed, **settings, resume=True).train()
     assert torch.equal(weights(resumed), weights(policy))
+
+
+@pytest.fixture
+def aura_flow(tmp_path, monkeypatch):
+    """The folder of a small AuraFlow pipeline, whose policy is the code in docs/policies.md."""
+    text = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    code = next(block for block in text.split("```python\n")[1:] if "class AuraFlowPolicy" in block).split("```")[0]
+    module = ModuleType("pcpo_fast.policies.aura_flow")
+    exec(code, module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(FAMILIES, "AuraFlowPipeline", f"{module.__name__}:AuraFlowPolicy")
+    torch.manual_seed(0)
+    text_encoder, tokenizer = t5()
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    AuraFlowPipeline(tokenizer, text_encoder, autoencoder(), transformer, scheduler).save_pretrained(tmp_path / "aura")
+    return tmp_path / "aura"
+
+
+def test_the_family_of_the_documentation_samples_as_its_pipeline_and_trains(aura_flow, tmp_path):
+    settings = {"guidance_scale": 3.0, "max_sequence_length": 8, "credit": "native"}
+    trainer = make_trainer(aura_flow, tmp_path / "run", **settings)
+    policy, table = trainer.policy, trainer.eval_table
+    prompts = ["cat", "dog", "horse"]
+    ours = trainer.engine(table, policy.encode(prompts), torch.arange(3), seed=0, first_index=0)
+    theirs = policy.pipeline(
+        prompts,
+        num_inference_steps=len(table),
+        height=64,
+        width=64,
+        guidance_scale=3.0,
+        latents=ours.states[:, 0].clone(),
+        max_sequence_length=8,
+        output_type="pt",
+    ).images
+    torch.testing.assert_close(policy.decode(ours.latents), theirs, rtol=0, atol=1e-4)
+    assert trainer.train() is None
+    updates = [record for record in records(tmp_path / "run") if "update/loss" in record]
+    assert [record["update/first_abs_log_ratio"] for record in updates] == [0, 0]

@@ -1,5 +1,6 @@
 import io
 import math
+import os
 import sys
 
 import numpy as np
@@ -175,6 +176,14 @@ def test_rewards_may_be_functions():
     for name, scale in (("bright", 1), ("double", 2), ("any", 3), ("scaled", 3)):
         torch.testing.assert_close(scores[name], scale * bright)
     torch.testing.assert_close(total, 2 * bright)
+
+
+def test_rewards_are_found_in_the_current_folder(tmp_path, monkeypatch):
+    """Also by the console script, whose path does not have it."""
+    (tmp_path / "found_here.py").write_text("def zero(images, prompts):\n    return [0] * len(prompts)\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert RewardSet(["found_here:zero"])(IMAGES, PROMPTS)[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", REWARDS)

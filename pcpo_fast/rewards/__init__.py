@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +105,9 @@ def _find(name: str, setting: str) -> Reward:
             setting,
             f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function",
         )
+    # a console script, unlike `python -m`, does not look there
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
