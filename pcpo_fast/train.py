@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pcpo_fast import samplers
@@ -15,7 +15,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import RewardError, RewardSet
+from pcpo_fast.rewards import Reward, RewardError, RewardSet
 from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.trainer import Trainer
 from pcpo_fast.windows import WindowSchedule
@@ -78,19 +78,42 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     return preset, config.resolved()
 
 
-def check(config: Config) -> ModelSource:
-    """Checks all that can be checked before the model's weights are loaded, and finds the model.
+def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelSource:
+    """Finds the model, and checks everything that can be checked before its weights are loaded.
 
     Raises:
         SettingError: for a setting that cannot be run.
     """
     load_prompts(config.data.prompts)
-    RewardSet(config.data.rewards)
+    RewardSet(config.data.rewards if rewards is None else rewards)
     RewardSet(config.data.eval_rewards, setting="eval_rewards")
     source = find_model(config.model)
     WindowSchedule(config, source.schedule())
     samplers.build_for_evaluation(config.sampler, source.schedule())
     return source
+
+
+def make_trainer(
+    config: Config, rewards: Mapping[str, Reward] | None = None, *, source: ModelSource | None = None
+) -> Trainer:
+    """A trainer as the command line makes it, for programs and notebooks: seeds, the model, and the run folder.
+
+    Args:
+        config: the settings, with an output_dir.
+        rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
+        source: the model, if it was found before.
+
+    Raises:
+        SettingError: for a setting that cannot be run.
+    """
+    config = config.resolved()
+    if config.run.output_dir is None:
+        raise SettingError("output_dir", "is not set; give the folder of the run")
+    if source is None:
+        source = check(config, rewards)
+    _set_globals(config)
+    policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
+    return Trainer(config, policy, Path(config.run.output_dir), rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,10 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             preset, config = parse(sys.argv[1:] if arguments is None else arguments)
             source = check(config)
             folder = stack.enter_context(run_folder(config.run.output_dir, preset, resume=config.run.resume))
-            config = config.replace(output_dir=str(folder))
-            _set_globals(config)
-            policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
-            trainer = Trainer(config, policy, folder)
+            trainer = make_trainer(config.replace(output_dir=str(folder)), source=source)
         except SettingError as error:
             flag = error.name if error.name == "preset" else "--" + error.name.replace("_", "-")
             print(f"error: {flag}: {error.reason}", file=sys.stderr)
