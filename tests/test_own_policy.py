@@ -1,5 +1,5 @@
-"""Policies of one's own: a class that is no diffusers pipeline, with embeddings and a mask and no pooled vector; and the
-family of models that docs/policies.md adds."""
+"""Policies of one's own: a class that is no diffusers pipeline, with embeddings and a mask and no pooled vector; and
+the family of models that docs/policies.md adds."""
 
 import math
 import sys
