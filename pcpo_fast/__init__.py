@@ -20,6 +20,8 @@ from .ops import (
 )
 from .samplers import StepTable, shifted_sigmas
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Guidance",
     "NoiseKey",
