@@ -1,5 +1,5 @@
-"""Policies of one's own: a class that is no diffusers pipeline, with embeddings and a mask and no pooled vector; and the
-family of models that docs/policies.md adds."""
+"""Policies of one's own: a class that is no diffusers pipeline, with embeddings and a mask and no pooled vector; and
+the family of models that docs/policies.md adds."""
 
 import math
 import sys
@@ -14,6 +14,7 @@ from pipelines import autoencoder, make_trainer, records, t5
 from safetensors.torch import load_file, save_file
 
 from pcpo_fast import samplers
+from pcpo_fast.config import SamplerSettings
 from pcpo_fast.policies import FAMILIES, Conditioning
 from pcpo_fast.rollout import RolloutEngine
 
@@ -90,10 +91,10 @@ def weights(policy):
     return torch.cat([parameter.detach().flatten() for parameter in policy.trainable_parameters()])
 
 
-def test_a_rollout_gives_every_row_its_own_tensors(tmp_path):
+def test_a_rollout_gives_every_row_its_own_tensors():
     """Where the mask is False, nothing that the embeddings hold matters, and what is True does."""
     policy = MaskedPolicy()
-    table = make_trainer("digits", tmp_path, MaskedPolicy()).table
+    table = samplers.build(SamplerSettings(num_inference_steps=3), policy.schedule())
 
     def latents(conditioning):
         engine = RolloutEngine(policy, 2)

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import shutil
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ from pipelines import FAMILIES, flux, stable_diffusion, stable_diffusion_3, stab
 from safetensors.torch import load_file
 
 from pcpo_fast import samplers
-from pcpo_fast.config import PRESETS, Config
+from pcpo_fast.config import ModelSettings, SamplerSettings
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import Conditioning, find_family, find_model, load_policy
+from pcpo_fast.presets import PRESETS
 
 pytest_plugins = "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +23,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def make_settings(model, **settings):
-    return Config(**{"model": str(model), "resolution": 64, "max_sequence_length": None} | settings)
+    return ModelSettings(**{"model": str(model), "resolution": 64, "max_sequence_length": None} | settings)
 
 
 def make_policy(model, *, decode_batch=2, keep_reference=False, **settings):
@@ -31,7 +33,7 @@ def make_policy(model, *, decode_batch=2, keep_reference=False, **settings):
 
 def wrap(pipeline, **settings):
     """The policy of a pipeline that is in memory."""
-    settings = Config(**{"resolution": 64, "device": "cpu"} | settings)
+    settings = ModelSettings(**{"resolution": 64, "device": "cpu"} | settings)
     return find_family(type(pipeline).__name__)(pipeline, settings, decode_batch=2, keep_reference=False)
 
 
@@ -51,7 +53,7 @@ def train_a_little(policy):
 
 def inputs(policy):
     sample = torch.randn(ROWS, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
-    timesteps = samplers.build(Config(num_inference_steps=4), policy.schedule()).timesteps
+    timesteps = samplers.build(SamplerSettings(num_inference_steps=4), policy.schedule()).timesteps
     return sample, timesteps[[0, 1, 3]], policy.encode(["cat", "dog", "horse"])
 
 
@@ -348,7 +350,7 @@ def test_a_model_is_found_without_its_weights(models, family, tmp_path):
     """And has the schedule of the policy that is loaded from it."""
     shutil.copytree(models[family], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     source = find_model(make_settings(tmp_path / "bare"))
-    settings, policy = Config(num_inference_steps=7), make_policy(models[family])
+    settings, policy = SamplerSettings(num_inference_steps=7), make_policy(models[family])
     assert source.kind == type(policy.pipeline).__name__ and source.policy_class is type(policy)
     found, loaded = (samplers.build(settings, model.schedule()) for model in (source, policy))
     assert torch.equal(found.rows, loaded.rows) and torch.equal(found.timesteps, loaded.timesteps)
@@ -406,7 +408,7 @@ def test_sdxl_is_told_its_size(models):
 def test_settings_of_flow_models_are_refused_elsewhere(models, family, name, value):
     source = find_model(make_settings(models[family]))
     with refused(name, ""):
-        samplers.build(Config(**{name: value}), source.schedule())
+        samplers.build(SamplerSettings(**{name: value}), source.schedule())
 
 
 @pytest.mark.parametrize("family", ["sd35", "flux"])
@@ -414,13 +416,14 @@ def test_settings_of_flow_models_are_refused_elsewhere(models, family, name, val
 def test_settings_of_diffusion_models_are_refused_elsewhere(models, family, name, value):
     source = find_model(make_settings(models[family]))
     with refused(name, ""):
-        samplers.build(Config(**{name: value}), source.schedule())
+        samplers.build(SamplerSettings(**{name: value}), source.schedule())
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl", "sd35", "flux"])
 def test_presets_are_settings_that_their_models_take(models, preset):
-    settings = PRESETS[preset].resolved()
-    policy = make_policy(models[preset], guidance_scale=settings.guidance_scale)
+    config = PRESETS[preset]
+    policy = make_policy(models[preset], guidance_scale=config.model.guidance_scale)
+    settings = dataclasses.replace(config.sampler, credit="proportionate")
     table = samplers.build(settings, policy.schedule())
     assert len(table) == settings.num_inference_steps
     zeta = {"sd35": 4.2967, "flux": 13.343}
@@ -510,7 +513,7 @@ def test_flux_is_told_the_timesteps_of_its_pipeline(models, dtype):
     policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
     policy.pipeline("cat", num_inference_steps=16, height=64, width=64, output_type="latent")
     pipelines, told = torch.cat(told).view(16, 2)[:, 0], []
-    timesteps = samplers.build(Config(num_inference_steps=16), policy.schedule()).timesteps
+    timesteps = samplers.build(SamplerSettings(num_inference_steps=16), policy.schedule()).timesteps
     policy.denoiser.time_text_embed.time_proj._forward_pre_hooks.clear()
     policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
     for timestep in timesteps:
@@ -522,7 +525,7 @@ def test_flux_is_told_the_timesteps_of_its_pipeline(models, dtype):
 def test_a_shift_of_ones_own_keeps_the_models_timesteps(models):
     policy = make_policy(models["sd35"])
     policy.pipeline.scheduler.register_to_config(num_train_timesteps=500)
-    table = samplers.build(Config(num_inference_steps=4, shift=3.0), policy.schedule())
+    table = samplers.build(SamplerSettings(num_inference_steps=4, shift=3.0), policy.schedule())
     assert table.timesteps[0] == 500
 
 

@@ -26,8 +26,6 @@ from pcpo_fast.samplers import Schedule
 if TYPE_CHECKING:
     from pcpo_fast.config import ModelSettings
 
-# dynamo recompiles: block kinds x latent shapes x {grad, no grad}, with headroom
-COMPILED_VARIANTS = 64
 # settings that only some families take: the default, and what the others lack
 OPTIONAL_SETTINGS: dict[str, tuple[object, str]] = {
     "max_sequence_length": (None, "no text encoder whose number of tokens can be set"),
