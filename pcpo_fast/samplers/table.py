@@ -120,7 +120,8 @@ class StepTable:
             self._set("credit", self._column("credit", self.credit))
         columns = self._columns()
         rows = torch.stack([columns[name] for name in COLUMNS], dim=1).to(torch.float32).contiguous()
-        beyond = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        lost = ~rows.isfinite().all(dim=1) | (self.trainable & (rows[:, COLUMNS.index("std")] == 0))
+        beyond = lost.nonzero().flatten().tolist()
         if beyond:
             std, weight = (float(column[beyond[0]]) for column in (self.std, self.weight))
             raise ValueError(
