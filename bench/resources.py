@@ -49,54 +49,63 @@ def cases():
     """(case, kernel, arguments before the row's length, constants, bytes read and written per element).
 
     Outputs of the model are bfloat16, latents and noise float32."""
-    from pcpo_fast.kernels.gradient import _gradient_kernel
-    from pcpo_fast.kernels.philox import _sample_noise_kernel
-    from pcpo_fast.kernels.policy_loss import _policy_loss_fwd_kernel
-    from pcpo_fast.kernels.sampler_step import _sampler_step_kernel
-    from pcpo_fast.kernels.step_log_prob import _step_log_prob_fwd_kernel
+    from pcpo_fast.kernels.gradient import gradient_kernel
+    from pcpo_fast.kernels.philox import sample_noise_kernel
+    from pcpo_fast.kernels.policy_loss import OBJECTIVES, policy_loss_fwd_kernel
+    from pcpo_fast.kernels.sampler_step import sampler_step_kernel
+    from pcpo_fast.kernels.step_log_prob import step_log_prob_fwd_kernel
 
     half, single, index, count, flag = map(
         MockTensor, (torch.bfloat16, torch.float32, torch.int64, torch.int32, torch.bool)
     )
     size = {half: 2, single: 4, None: 0}
+    # what the kernel takes: noise, seed, sample index, sample, previous sample; and their bytes
     sources = {
-        "noise": (single, None, None, None, None),
-        "key": (None, index, index, None, None),
-        "states": (None, None, None, single, single),
+        "noise": ((single, None, None, None, None), 4),
+        "key": ((None, index, index, None, None), 0),
+        "states": ((None, None, None, single, single), 8),
+        "states and noise": ((single, None, None, single, single), 12),
+        "states and key": ((None, index, index, single, single), 8),
     }
 
-    def policy_loss(source, objective, uncond=None, ref=None):
-        inputs = (half, uncond, half, *sources[source], ref, single, index, single)
-        outputs = (half, single, count, single, single, flag, single)
-        scalars = (5.0, 1e-4, 1e-4, 1e-4, -1e-4, 0.1, 1, 50, 8)
-        read = 4 + size[uncond] + size[ref] + {"noise": 4, "key": 0, "states": 8}[source]
-        return _policy_loss_fwd_kernel, (*inputs, *outputs, *scalars), {"OBJECTIVE": objective}, (read, 2)
+    def policy_loss(source, objective, uncond=None, ref=None, old=half, weights=None, loss=single):
+        given, bytes_given = sources[source]
+        inputs = (half, uncond, old, *given, ref, single, index, single, weights, weights if ref else None)
+        outputs = (half, single, count, single, loss, single, flag, single if ref else None, single, single)
+        scalars = (5.0, 1e-4, 1e-4, 2e-4, -1e-4, 2e-4, 0.1, 8.0, 1, 50, 8)
+        read = 2 + size[old] + size[uncond] + size[ref] + bytes_given
+        constants = {"OBJECTIVE": OBJECTIVES.get(objective)}
+        return policy_loss_fwd_kernel, (*inputs, *outputs, *scalars), constants, (read, 2)
 
-    for objective in ("pcpo", "ppo", "guard", "log_ratio"):
+    for objective in ("pcpo", "ppo", "log_ratio"):
         yield f"noise, {objective}", *policy_loss("noise", objective)
     for source in ("key", "states"):
         yield f"{source}, pcpo", *policy_loss(source, "pcpo")
+    for source in ("states and noise", "states and key"):
+        yield f"{source}, old absent, pcpo", *policy_loss(source, "pcpo", old=None)
     yield "noise, pcpo, KL", *policy_loss("noise", "pcpo", ref=half)
+    yield "noise, pcpo, KL, per row", *policy_loss("noise", "pcpo", ref=half, weights=single, loss=None)
     yield "key, pcpo, guidance, KL", *policy_loss("key", "pcpo", uncond=half, ref=half)
 
-    arguments = (half, single, single, single, index, half, single, count, single, single, 1e-4, 1)
-    yield "", _step_log_prob_fwd_kernel, arguments, {}, (10, 2)
+    arguments = (half, single, single, single, index, half, single, count, single, single, 1e-4, 1, 50)
+    yield "", step_log_prob_fwd_kernel, arguments, {}, (10, 2)
 
-    for case, uncond, noise, seed, stored in (
-        ("noise", None, single, None, single),
-        ("key", None, None, index, None),
-        ("key, guidance", half, None, index, None),
-        ("key, guidance, noise kept", half, None, index, single),
+    for case, uncond, noise, seed, stored, mean in (
+        ("noise", None, single, None, single, None),
+        ("key", None, None, index, None, None),
+        ("key, guidance", half, None, index, None, None),
+        ("key, guidance, noise kept", half, None, index, single, None),
+        ("key, mean kept", None, None, index, None, single),
     ):
         inputs = (half, uncond, single, noise, seed, seed, single, index)
-        arguments = (*inputs, single, half, stored, single, count, single, 5.0, 1e-4, 1, 50)
-        written = 4 + size[uncond] + size[stored]
-        yield case, _sampler_step_kernel, arguments, {}, (6 + size[uncond] + size[noise], written)
+        arguments = (*inputs, single, half, stored, mean, single, count, single, 5.0, 1e-4, 1, 50)
+        written = 4 + size[uncond] + size[stored] + size[mean]
+        yield case, sampler_step_kernel, arguments, {}, (6 + size[uncond] + size[noise], written)
 
     for case, uncond, ref in (("", None, None), ("guidance", half, None), ("guidance, KL", half, half)):
         arguments = (half, single, single, None if ref is None else half, uncond, ref, half, uncond, 5.0, 0)
-        yield case, _gradient_kernel, arguments, {}, (2 if ref is None else 8, 2 + size[uncond])
-    yield "", _sample_noise_kernel, (index, index, index, single, 1, 50), {}, (0, 4)
+        yield case, gradient_kernel, arguments, {}, (2 if ref is None else 8, 2 + size[uncond])
+    yield "", sample_noise_kernel, (index, index, index, single, 1, 50), {}, (0, 4)
 
 
 def resources(target: str) -> list[dict]:

@@ -7,16 +7,17 @@ values for the log-probability of one step.
 import triton
 import triton.language as tl
 
-# the columns of a table row
-SAMPLE_COEF = tl.constexpr(0)
-OUTPUT_COEF = tl.constexpr(1)
-STD = tl.constexpr(2)
-WEIGHT = tl.constexpr(3)
-NATIVE_WEIGHT = tl.constexpr(4)
-INTERVAL = tl.constexpr(5)
-LOG_PROB_SCALE = tl.constexpr(6)
-LOG_PROB_OFFSET = tl.constexpr(7)
-COLUMNS = tl.constexpr(8)
+from ..columns import COLUMNS
+
+SAMPLE_COEF = tl.constexpr(COLUMNS.index("sample_coef"))
+OUTPUT_COEF = tl.constexpr(COLUMNS.index("output_coef"))
+STD = tl.constexpr(COLUMNS.index("std"))
+SLOPE = tl.constexpr(COLUMNS.index("slope"))
+CURVATURE = tl.constexpr(COLUMNS.index("curvature"))
+LOSS_SCALE = tl.constexpr(COLUMNS.index("loss_scale"))
+LOG_PROB_SCALE = tl.constexpr(COLUMNS.index("log_prob_scale"))
+LOG_PROB_OFFSET = tl.constexpr(COLUMNS.index("log_prob_offset"))
+WIDTH = tl.constexpr(len(COLUMNS))
 
 
 @triton.jit
@@ -32,9 +33,9 @@ def split_of_row(numel, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def coefficient(table_ptr, step, COLUMN: tl.constexpr):
-    """One entry of the table's row for this step."""
-    return tl.load(table_ptr + step * COLUMNS + COLUMN)
+def coefficient(table_ptr, step, num_steps, COLUMN: tl.constexpr):
+    """One entry of the table's row for this step; NaN for a step that is not in the table."""
+    return tl.load(table_ptr + step * WIDTH + COLUMN, (step >= 0) & (step < num_steps), other=float("nan"))
 
 
 @triton.jit
@@ -44,9 +45,9 @@ def load(ptr, column, mask):
 
 
 @triton.jit
-def inverse(std):
-    """1/s, and 0 for a deterministic step."""
-    return tl.where(std > 0, tl.div_rn(1.0, tl.where(std > 0, std, 1.0)), 0.0)
+def inverse(column):
+    """1 / column, and 0 where it is 0: at the std of a deterministic step."""
+    return tl.where(column == 0, 0.0, tl.div_rn(1.0, tl.where(column == 0, 1.0, column)))
 
 
 @triton.jit
@@ -62,9 +63,9 @@ def affine_mean(x, m, a, b):
 
 
 @triton.jit
-def log_prob(squares_sum, table_ptr, step, numel, scale):
+def log_prob(squares_sum, table_ptr, step, num_steps, numel, scale):
     """log N(x'; a x + b m, s^2) from <z, z>, or what the table has in its place, times `scale`; 0 for a deterministic
     step."""
-    half_k = 0.5 * coefficient(table_ptr, step, LOG_PROB_SCALE)
-    total = tl.fma(-half_k, squares_sum, numel * coefficient(table_ptr, step, LOG_PROB_OFFSET))
-    return tl.where(coefficient(table_ptr, step, STD) > 0, scale * total, 0.0)
+    half_k = 0.5 * coefficient(table_ptr, step, num_steps, LOG_PROB_SCALE)
+    total = tl.fma(-half_k, squares_sum, numel * coefficient(table_ptr, step, num_steps, LOG_PROB_OFFSET))
+    return tl.where(coefficient(table_ptr, step, num_steps, STD) == 0, 0.0, scale * total)

@@ -10,7 +10,7 @@ from .launch import contiguous, launch
 
 
 @triton.jit(do_not_specialize=["grad_output_stride"])
-def _gradient_kernel(
+def gradient_kernel(
     direction_ptr,
     coefficients_ptr,
     grad_output_ptr,
@@ -64,7 +64,7 @@ def gradient(
     settings, splits = launch(direction[0].numel())
     gradient = torch.empty_like(direction)
     uncond_gradient = direction.new_empty(0) if uncond_output is None else torch.empty_like(direction)
-    _gradient_kernel[(rows * splits,)](
+    gradient_kernel[(rows * splits,)](
         direction,
         coefficients,
         grad_output,

@@ -98,7 +98,7 @@ def normal_block(seed_ptr, sample_index, step, num_steps, numel, start, BLOCK: t
 
 
 @triton.jit(do_not_specialize=["step_stride", "num_steps"])
-def _sample_noise_kernel(
+def sample_noise_kernel(
     seed_ptr,
     sample_index_ptr,
     step_ptr,
@@ -122,7 +122,7 @@ def sample_noise(seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: in
     rows = step.shape[0]
     settings, splits = launch(numel)
     noise = torch.empty((rows, numel), dtype=torch.float32, device=step.device)
-    _sample_noise_kernel[(rows * splits,)](
+    sample_noise_kernel[(rows * splits,)](
         seed, sample_index.contiguous(), step, noise, step.stride(0), num_steps, numel, **settings
     )
     return noise

@@ -16,7 +16,7 @@ from .step_log_prob import store_log_prob
 
 
 @triton.jit(do_not_specialize=["step_stride", "num_steps"])
-def _sampler_step_kernel(
+def sampler_step_kernel(
     model_output_ptr,
     uncond_ptr,
     sample_ptr,
@@ -28,6 +28,7 @@ def _sampler_step_kernel(
     prev_sample_ptr,
     guided_ptr,
     stored_noise_ptr,
+    mean_ptr,
     partial_ptr,
     ticket_ptr,
     log_prob_ptr,
@@ -43,8 +44,9 @@ def _sampler_step_kernel(
     """One program takes the step for one split of one row; the last one of a row also writes its log-probability."""
     row, offset, start, column, mask = split_of_row(numel, SPLITS, BLOCK)
     step = tl.load(step_ptr + row * step_stride)
-    a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
-    std = coefficient(table_ptr, step, STD)
+    a = coefficient(table_ptr, step, num_steps, SAMPLE_COEF)
+    b = coefficient(table_ptr, step, num_steps, OUTPUT_COEF)
+    std = coefficient(table_ptr, step, num_steps, STD)
 
     m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
     if uncond_ptr is not None:
@@ -53,6 +55,8 @@ def _sampler_step_kernel(
         tl.store(guided_ptr + offset + column, guided, mask)
         m = guided.to(tl.float32)
     mean = affine_mean(load(sample_ptr + offset, column, mask), m, a, b)  # [BLOCK]
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offset + column, mean, mask)
     if seed_ptr is None:
         noise = load(noise_ptr + offset, column, mask)  # [BLOCK]
     else:
@@ -63,7 +67,9 @@ def _sampler_step_kernel(
     z = tl.where(mask, (prev_x.to(tl.float32) - mean) * inverse(std), 0.0)
     if stored_noise_ptr is not None:
         tl.store(stored_noise_ptr + offset + column, z, mask)
-    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, row, numel, scale, SPLITS, SPLITS_BLOCK)
+    store_log_prob(
+        z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, num_steps, row, numel, scale, SPLITS, SPLITS_BLOCK
+    )
 
 
 def sampler_step(
@@ -77,18 +83,20 @@ def sampler_step(
     seed: Tensor | None,
     sample_index: Tensor | None,
     return_noise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x', the guided output (empty without guidance), the noise of the stored x' (empty unless asked for), and its
-    log-probability."""
+    return_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x', the guided output (empty without guidance), the noise of the stored x' (empty unless asked for), its
+    log-probability, and a x + b m (empty unless asked for)."""
     rows = sample.shape[0]
     numel = sample[0].numel()
     settings, splits = launch(numel)
     model_output, sample, table = model_output.contiguous(), sample.contiguous(), table.contiguous()
     prev_sample = torch.empty_like(sample)
     stored_noise = torch.empty_like(sample, dtype=torch.float32) if return_noise else table.new_empty(0)
+    mean = torch.empty_like(sample, dtype=torch.float32) if return_mean else table.new_empty(0)
     guided = model_output.new_empty(0) if uncond_output is None else torch.empty_like(model_output)
     partials, log_probs = table.new_empty(rows * splits), table.new_empty(rows)
-    _sampler_step_kernel[(rows * splits,)](
+    sampler_step_kernel[(rows * splits,)](
         model_output,
         contiguous(uncond_output),
         sample,
@@ -100,6 +108,7 @@ def sampler_step(
         prev_sample,
         guided,
         stored_noise if return_noise else None,
+        mean if return_mean else None,
         partials,
         tickets(rows, sample.device),
         log_probs,
@@ -110,4 +119,4 @@ def sampler_step(
         numel,
         **settings,
     )
-    return prev_sample, guided, stored_noise, log_probs
+    return prev_sample, guided, stored_noise, log_probs, mean

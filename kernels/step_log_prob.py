@@ -25,8 +25,8 @@ from .affine import (
 from .launch import is_last, launch, tickets
 
 
-@triton.jit(do_not_specialize=["step_stride"])
-def _step_log_prob_fwd_kernel(
+@triton.jit(do_not_specialize=["step_stride", "num_steps"])
+def step_log_prob_fwd_kernel(
     model_output_ptr,
     sample_ptr,
     prev_sample_ptr,
@@ -39,6 +39,7 @@ def _step_log_prob_fwd_kernel(
     coefficient_ptr,
     scale,
     step_stride,
+    num_steps,
     numel,
     SPLITS: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
@@ -47,17 +48,21 @@ def _step_log_prob_fwd_kernel(
     """One program writes the direction of one split of one row; the last one of a row also its scalars."""
     row, offset, _, column, mask = split_of_row(numel, SPLITS, BLOCK)
     step = tl.load(step_ptr + row * step_stride)
-    a, b = coefficient(table_ptr, step, SAMPLE_COEF), coefficient(table_ptr, step, OUTPUT_COEF)
-    inverse_std = inverse(coefficient(table_ptr, step, STD))
+    a = coefficient(table_ptr, step, num_steps, SAMPLE_COEF)
+    b = coefficient(table_ptr, step, num_steps, OUTPUT_COEF)
+    inverse_std = inverse(coefficient(table_ptr, step, num_steps, STD))
 
     m = load(model_output_ptr + offset, column, mask)  # [BLOCK]
     x = load(sample_ptr + offset, column, mask)  # [BLOCK]
     z = (load(prev_sample_ptr + offset, column, mask) - affine_mean(x, m, a, b)) * inverse_std  # [BLOCK]
     if direction_ptr is not None:
         tl.store(direction_ptr + offset + column, z.to(direction_ptr.dtype.element_ty), mask)
-    store_log_prob(z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, row, numel, scale, SPLITS, SPLITS_BLOCK)
+    store_log_prob(
+        z, partial_ptr, ticket_ptr, log_prob_ptr, table_ptr, step, num_steps, row, numel, scale, SPLITS, SPLITS_BLOCK
+    )
     if tl.program_id(0) % SPLITS == 0:
-        tl.store(coefficient_ptr + row, scale * coefficient(table_ptr, step, LOG_PROB_SCALE) * b * inverse_std)
+        k = coefficient(table_ptr, step, num_steps, LOG_PROB_SCALE)
+        tl.store(coefficient_ptr + row, scale * k * b * inverse_std)
 
 
 @triton.jit
@@ -68,6 +73,7 @@ def store_log_prob(
     log_prob_ptr,
     table_ptr,
     step,
+    num_steps,
     row,
     numel,
     scale,
@@ -79,7 +85,7 @@ def store_log_prob(
     if is_last(ticket_ptr + row, SPLITS):
         split = tl.arange(0, SPLITS_BLOCK)  # [SPLITS_BLOCK]
         partials = tl.load(partial_ptr + row * SPLITS + split, split < SPLITS, other=0.0, cache_modifier=".cg")
-        tl.store(log_prob_ptr + row, log_prob(tl.sum(partials), table_ptr, step, numel, scale))
+        tl.store(log_prob_ptr + row, log_prob(tl.sum(partials), table_ptr, step, num_steps, numel, scale))
 
 
 def step_log_prob(
@@ -98,7 +104,7 @@ def step_log_prob(
     model_output, table = model_output.contiguous(), table.contiguous()
     direction = model_output.new_empty(model_output.shape if with_gradient else 0)
     partials, log_probs, coefficients = (table.new_empty(shape) for shape in (rows * splits, rows, (rows, 1)))
-    _step_log_prob_fwd_kernel[(rows * splits,)](
+    step_log_prob_fwd_kernel[(rows * splits,)](
         model_output,
         sample.contiguous(),
         prev_sample.contiguous(),
@@ -111,6 +117,7 @@ def step_log_prob(
         coefficients,
         1 / numel if reduction == "mean" else 1.0,
         step.stride(0),
+        table.shape[0],
         numel,
         **settings,
     )

@@ -3,16 +3,35 @@
 Importing it needs torch and numpy alone; Triton, diffusers and the rest load when they are first used.
 """
 
-from .ops import PolicyLoss, SamplerStep, policy_loss, sample_noise, sampler_step, step_log_prob, step_log_ratio
-from .tables import StepTable, ddim_table, flow_table, shifted_sigmas
+from .ops import (
+    Guidance,
+    NoiseKey,
+    PolicyLoss,
+    RatioStats,
+    Reference,
+    SamplerStep,
+    StoredStates,
+    policy_loss,
+    ratio_stats,
+    sample_noise,
+    sampler_step,
+    step_log_prob,
+    step_log_ratio,
+)
+from .samplers.table import StepTable
+from .tables import shifted_sigmas
 
 __all__ = [
+    "Guidance",
+    "NoiseKey",
     "PolicyLoss",
+    "RatioStats",
+    "Reference",
     "SamplerStep",
     "StepTable",
-    "ddim_table",
-    "flow_table",
+    "StoredStates",
     "policy_loss",
+    "ratio_stats",
     "sample_noise",
     "sampler_step",
     "shifted_sigmas",

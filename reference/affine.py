@@ -9,68 +9,48 @@ Two rules make its bits independent of the tiling, of the number of threads and 
   chunk of this size with one thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..columns import COLUMNS
+
 CHUNK = 16_384
 TILE_CHUNKS_PER_THREAD = 8
 
 
-class Coefficients:
-    """The table's columns at each row's step, (rows, 1) each."""
+def coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The table's columns at each row's step by name, (rows,) each.
 
-    def __init__(self, table: Tensor, step: Tensor, dtype: torch.dtype) -> None:
-        self.rows = cast(table.index_select(0, step), dtype)
-
-    @property
-    def sample(self) -> Tensor:
-        """a."""
-        return self.rows[:, 0:1]
-
-    @property
-    def output(self) -> Tensor:
-        """b."""
-        return self.rows[:, 1:2]
-
-    @property
-    def std(self) -> Tensor:
-        """s."""
-        return self.rows[:, 2:3]
-
-    @property
-    def inverse_std(self) -> Tensor:
-        """1/s, and 0 for a deterministic step."""
-        return self.std.reciprocal().masked_fill_(self.std == 0, 0.0)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.rows[:, 3:4]
-
-    @property
-    def native_weight(self) -> Tensor:
-        return self.rows[:, 4:5]
-
-    @property
-    def interval(self) -> Tensor:
-        return self.rows[:, 5:6]
-
-    @property
-    def log_prob_scale(self) -> Tensor:
-        """k."""
-        return self.rows[:, 6:7]
-
-    @property
-    def log_prob_offset(self) -> Tensor:
-        return self.rows[:, 7:8]
+    Raises:
+        ValueError: for a step that is not in the table.
+    """
+    try:
+        rows = table.index_select(0, step)
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"step holds {int(step.min())} ... {int(step.max())} and the table has {len(table)} steps; give indices "
+            f"from 0 to {len(table) - 1}"
+        ) from error
+    return dict(zip(COLUMNS, cast(rows, dtype).unbind(1), strict=True))
 
 
-def gaussian_log_prob(sum_of_squares: Tensor, coef: Coefficients, numel: int, reduction: str) -> Tensor:
+def inverse(column: Tensor) -> Tensor:
+    """1 / column, and 0 where it is 0: at the std of a deterministic step."""
+    return column.reciprocal().masked_fill_(column == 0, 0.0)
+
+
+def per_row(*columns: Tensor) -> list[Tensor]:
+    """(rows,) as (rows, 1), to stand beside the elements of a row."""
+    return [column[:, None] for column in columns]
+
+
+def gaussian_log_prob(sum_of_squares: Tensor, coef: dict[str, Tensor], numel: int, reduction: str) -> Tensor:
     """log N(x'; a x + b m, s^2) of each row from its <z, z>, or what the table has in its place, in float64; 0 for a
     deterministic step."""
-    std, k, offset = (column.squeeze(1).double() for column in (coef.std, coef.log_prob_scale, coef.log_prob_offset))
+    std, k, offset = (coef[name].double() for name in ("std", "log_prob_scale", "log_prob_offset"))
     log_prob = torch.addcmul(offset * numel, k, sum_of_squares, value=-0.5)
     return log_prob.mul_(reduction_scale(numel, reduction)).masked_fill_(std == 0, 0.0)
 
@@ -118,16 +98,21 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def chunk_sums(tile: Tensor) -> Tensor:
-    """The sums of a tile's chunks, row by row: (chunks,)."""
+def chunk_sums(tile: Tensor, reduce: Callable[..., Tensor] = torch.sum) -> Tensor:
+    """The sums of a tile's chunks, row by row: (chunks,). Another reduction over a dim may take the sum's place."""
     numel = tile.shape[1]
     whole = numel // CHUNK * CHUNK
     if whole == numel:
-        return tile.view(-1, CHUNK).sum(dim=1)
-    rest = tile[:, whole:].sum(dim=1)
+        return reduce(tile.view(-1, CHUNK), dim=1)
+    rest = reduce(tile[:, whole:], dim=1)
     if whole == 0:
         return rest
-    return torch.cat([tile[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=2), rest[:, None]], dim=1).flatten()
+    return torch.cat([reduce(tile[:, :whole].unflatten(1, (-1, CHUNK)), dim=2), rest[:, None]], dim=1).flatten()
+
+
+def chunk_squares(tile: Tensor) -> Tensor:
+    """The sums of squares of a tile's chunks, row by row: (chunks,). Nothing as large is written."""
+    return chunk_sums(tile, torch.linalg.vector_norm).square_()
 
 
 def row_sums(chunk_sums_of_tiles: list[Tensor], rows: int) -> Tensor:

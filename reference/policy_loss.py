@@ -6,30 +6,30 @@ it equals, exactly and without cancellation,
 
     log rho = -L,    L = w <e, z> + w^2 <e, e>/2                        (divided by numel for 'mean')
 
-so a row's loss f(L) has the gradient f'(L) (w z + w^2 e) = [f'(L) w] (z + w e): a per-row coefficient times a
-direction. The direction does not need L = w <e, z + w e/2>, so one pass over the row both sums and writes it, and the
-coefficient is left to the backward pass, which has to multiply by the incoming scalar anyway. Stored so, it is of
-order 1 and safe in half precision.
-
-GRPO-Guard (Wang et al., arXiv 2510.22319) takes the mean's shift out of the log-ratio and the step's scale into it,
-log rho = -s w <e, z>, and divides the loss by the step's interval: then the direction is z.
-
-A table whose log-probability is not normalised, -(x' - a x - b m)^2, has k = 2 s^2 times these log-ratios, its
-`log_prob_scale`, and gradients to match.
+A row of the table holds `slope` and `curvature`, both w for the plain Gaussian, and L = slope <e, z + curvature e/2>.
+So a row's loss f(L) has the gradient [f'(L) slope] (z + curvature e): a per-row coefficient times a direction. The
+direction does not need L, so one pass over the row both sums and writes it, and the coefficient is left to the backward
+pass, which has to multiply by the incoming scalar anyway. Stored so, the direction is of order 1 and safe in half
+precision.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
 from .affine import (
-    Coefficients,
     affine_mean,
     as_rows,
     cast,
+    chunk_squares,
     chunk_sums,
+    coefficients,
     compute_dtype,
     guided_output,
+    inverse,
+    per_row,
     reduction_scale,
     row_numel,
     row_sums,
@@ -37,7 +37,7 @@ from .affine import (
 )
 from .philox import first_counters, noise_tile
 
-# what a number that overflows in float32 is taken for
+# overflow is clamped to this
 LARGEST = 3.0e38
 
 
@@ -48,80 +48,98 @@ def policy_loss_oracle(
     table: Tensor,
     step: Tensor,
     advantages: Tensor,
+    weight: Tensor,
     *,
     objective: str = "pcpo",
-    clip_range: float = 1e-4,
+    clip_range: tuple[float, float] = (1e-4, 1e-4),
     reduction: str = "mean",
+    row_weights: Tensor | None = None,
     ref_model_output: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Tensor | float = 0.0,
     normalized: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, log-ratio and clipped of the textbook formula, in float64 and differentiable by autograd."""
+    guard_interval: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The textbook formulas in float64, differentiable by autograd: loss, log_ratio, clipped, kl and old_kl per row.
+
+    The credit `weight` (T,), `normalized` and GRPO-Guard's interval (T,) are given by themselves: a, b and s are all
+    that is read from the table.
+    """
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
-    coef = Coefficients(table, step, torch.float64)
-    weight = coef.weight
+    coef = coefficients(table, step, torch.float64)
+    std, b, w = per_row(coef["std"], coef["output_coef"], weight.double()[step])
+    native = torch.where(std > 0, -b / std, 0.0)
     advantages = advantages.double()
     reduce = torch.mean if reduction == "mean" else torch.sum
+    below, above = clip_range
 
-    whitened = z - weight * old
+    whitened = z - w * old
 
     def log_prob(m: Tensor) -> Tensor:
         if normalized:
-            return reduce(Normal(-weight * m, 1.0).log_prob(whitened), dim=1)
+            return reduce(Normal(-w * m, 1.0).log_prob(whitened), dim=1)
         # x' - a x - b m is s times the whitened distance
-        return -reduce((coef.std * (whitened + weight * m)).square(), dim=1)
+        return -reduce((std * (whitened + w * m)).square(), dim=1)
 
     log_ratio = log_prob(new) - log_prob(old)
-    if objective == "guard":
+    if guard_interval is not None:
         # the shift of the mean's own part of the log-ratio taken out, and the step's scale
-        shift = weight * (new - old)
-        own_part = shift.square() / 2 if normalized else (coef.std * shift).square()
-        log_ratio = coef.std.squeeze(1) * (log_ratio + reduce(own_part, dim=1))
+        shift = w * (new - old)
+        own_part = shift.square() / 2 if normalized else (std * shift).square()
+        log_ratio = std.squeeze(1) * (log_ratio + reduce(own_part, dim=1))
     if objective == "pcpo":
-        loss = torch.clamp(clip_range * advantages.abs() - advantages * log_ratio, min=0)
-        clipped = advantages.sign() * log_ratio >= clip_range
+        xi = torch.full_like(advantages, below).masked_fill_(advantages > 0, above)
+        loss = torch.clamp(xi * advantages.abs() - advantages * log_ratio, min=0)
+        clipped = advantages.sign() * log_ratio >= xi
     else:
         ratio = log_ratio.exp()
         unclipped_loss = -advantages * ratio
-        clipped_loss = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+        clipped_loss = -advantages * ratio.clamp(1 - below, 1 + above)
         loss = torch.maximum(unclipped_loss, clipped_loss)
         clipped = clipped_loss > unclipped_loss
-    if objective == "guard":
-        loss = loss / coef.interval.squeeze(1)
+    if guard_interval is not None:
+        loss = loss / guard_interval.double()[step]
+
+    def divergence(m: Tensor, other: Tensor) -> Tensor:
+        policy, reference = (Normal(-native * output, 1.0) for output in (m, other))
+        return reduce(torch.distributions.kl_divergence(policy, reference), dim=1)
+
+    rows = {"log_ratio": log_ratio, "clipped": clipped, "old_kl": divergence(new, old)}
     if ref_model_output is not None:
-        policy, reference = (-coef.native_weight * m for m in (new, ref_model_output.double().flatten(1)))
-        kl = torch.distributions.kl_divergence(Normal(policy, 1.0), Normal(reference, 1.0))
-        loss = loss + kl_weight * reduce(kl, dim=1)
-    return loss.mean(), log_ratio, clipped
+        rows["kl"] = divergence(new, ref_model_output.double().flatten(1))
+        loss = loss + kl_weight * rows["kl"]
+    return rows | {"loss": loss if row_weights is None else loss * row_weights.double()}
 
 
-def pcpo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+def pcpo(log_ratio: Tensor, advantages: Tensor, below: float, above: float) -> tuple[Tensor, Tensor, Tensor]:
     """max(0, xi |A| - A log rho): loss, its derivative by L = -log rho, clipped."""
-    # one that overflows times an advantage of 0 is 0; NaN stays NaN
+    # an overflow times an advantage of 0 is 0; NaN stays NaN
     log_ratio = log_ratio.clamp(-LARGEST, LARGEST)
-    clipped = advantages.sign().mul_(log_ratio) >= clip_range
-    loss = advantages.abs().mul_(clip_range).sub_(advantages * log_ratio)
+    xi = below if below == above else torch.full_like(advantages, below).masked_fill_(advantages > 0, above)
+    clipped = advantages.sign().mul_(log_ratio) >= xi
+    loss = advantages.abs().mul_(xi).sub_(advantages * log_ratio)
     return loss.masked_fill_(clipped, 0.0), advantages.masked_fill(clipped, 0.0), clipped
 
 
-def ppo(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
-    """max(-A rho, -A clip(rho, 1 - xi, 1 + xi)): loss, its derivative by L = -log rho, clipped."""
-    # as above
+def ppo(log_ratio: Tensor, advantages: Tensor, below: float, above: float) -> tuple[Tensor, Tensor, Tensor]:
+    """max(-A rho, -A clip(rho, 1 - below, 1 + above)): loss, its derivative by L = -log rho, clipped."""
+    # an overflow times an advantage of 0 is 0; NaN stays NaN
     ratio = log_ratio.exp().clamp_(max=LARGEST)
-    surrogate, bounded = advantages * ratio, advantages * ratio.clamp_(1 - clip_range, 1 + clip_range)
+    surrogate, bounded = advantages * ratio, advantages * ratio.clamp_(1 - below, 1 + above)
     clipped = bounded < surrogate
     return torch.minimum(surrogate, bounded).neg_(), surrogate.masked_fill_(clipped, 0.0), clipped
 
 
-# guard is ppo on another log-ratio and per interval
-OBJECTIVES = {"pcpo": pcpo, "ppo": ppo, "guard": ppo}
+Objective = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
+
+# by name: float64 (rows,) log_ratio and advantages, and the clip range, to loss, derivative by -log_ratio and clipped
+OBJECTIVES: dict[str, Objective] = {"pcpo": pcpo, "ppo": ppo}
 
 
 def policy_loss(
     model_output: Tensor,
     uncond_output: Tensor | None,
     guidance_scale: float,
-    old_model_output: Tensor,
+    old_model_output: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
     sample_index: Tensor | None,
@@ -130,39 +148,51 @@ def policy_loss(
     table: Tensor,
     step: Tensor,
     advantages: Tensor,
+    row_weights: Tensor | None,
     ref_model_output: Tensor | None,
-    objective: str,
-    clip_range: float,
-    reduction: str,
     kl_weight: float,
+    kl_weights: Tensor | None,
+    objective: str,
+    clip_below: float,
+    clip_above: float,
+    reduction: str,
+    row_reduction: str,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss; each row's log-ratio and clipped; the direction z + w e (empty without gradient); the gradient's
-    coefficients, (rows, 1): of the direction, or (rows, 2): of the direction and of m_new - m_ref."""
-    coef, ez, rr, direction = _pass(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss; each row's log-ratio, clipped, KL to the reference (empty without one) and KL to the old output; the
+    direction z + curvature e (empty without gradient); the gradient's coefficients, (rows, 1): of the direction, or
+    (rows, 2): of the direction and of m_new - m_ref."""
+    coef, ez, ee, rr, direction = _pass(
         *(model_output, uncond_output, guidance_scale, old_model_output),
-        *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, objective, with_gradient),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, ref_model_output, with_gradient),
     )
-    dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
-    weight = (coef.weight * coef.log_prob_scale).squeeze(1)
-    if objective == "guard":
-        weight = weight * coef.std.squeeze(1)
-    log_ratio = (ez * weight).mul_(-scale)
-    loss, slope, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_range)
-    if objective == "guard":
-        loss, slope = (t / coef.interval.squeeze(1) for t in (loss, slope))
-    coefficients = slope.mul_(weight)[:, None]
+    slope, loss_scale = coef["slope"], coef["loss_scale"]
+    dtype, scale = slope.dtype, reduction_scale(row_numel(model_output), reduction)
+    share = scale / len(step) if row_reduction == "mean" else scale
+    log_ratio = ez.mul_(slope).mul_(-scale)
+    loss, derivative, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_below, clip_above)
+    loss, shares = loss.mul_(loss_scale), derivative.mul_(loss_scale * slope).mul_(share)[:, None]
+    # KL divergences are w^2 / 2 times a square, with the sampler's own w = -b/s
+    divergence = (coef["output_coef"] * inverse(coef["std"])).square_()
+    kl = loss.new_empty(0, dtype=dtype)
     if rr is not None:
-        kl = kl_weight * coef.native_weight.double().square()
-        loss = loss + 0.5 * scale * kl.squeeze(1) * rr
-        coefficients = torch.cat([coefficients, kl], dim=1)
-    coefficients = coefficients.mul_(scale / len(step)).to(dtype)
-    return loss.mean(dtype=dtype), log_ratio.to(dtype), clipped, direction, coefficients
+        weight = kl_weight if kl_weights is None else kl_weights.double()
+        kl = rr.mul_(divergence).mul_(0.5 * scale)
+        loss, kl = loss + kl * weight, kl.to(dtype)
+        shares = torch.cat([shares, (divergence * weight).mul_(share)[:, None]], dim=1)
+    if row_weights is not None:
+        loss, shares = loss * row_weights, shares * row_weights[:, None]
+    if row_reduction == "none":
+        loss = loss.to(dtype)
+    else:
+        loss = loss.mean(dtype=dtype) if row_reduction == "mean" else loss.sum(dtype=dtype)
+    old_kl = ee.mul_(divergence).mul_(0.5 * scale)
+    return loss, log_ratio.to(dtype), clipped, kl, old_kl.to(dtype), direction, shares.to(dtype)
 
 
 def step_log_ratio(
     model_output: Tensor,
-    old_model_output: Tensor,
+    old_model_output: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
     sample_index: Tensor | None,
@@ -173,21 +203,21 @@ def step_log_ratio(
     reduction: str,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each row's log-ratio; the direction z + w e of its gradient (empty without), and its coefficient (rows, 1)."""
-    coef, ez, _, direction = _pass(
+    """Each row's log-ratio; the direction z + curvature e of its gradient (empty without), and its coefficient
+    (rows, 1)."""
+    coef, ez, _, _, direction = _pass(
         *(model_output, None, 1.0, old_model_output),
-        *(noise, seed, sample_index, sample, prev_sample, table, step, None, "log_ratio", with_gradient),
+        *(noise, seed, sample_index, sample, prev_sample, table, step, None, with_gradient),
     )
-    dtype, scale = coef.rows.dtype, reduction_scale(row_numel(model_output), reduction)
-    weight = coef.weight * coef.log_prob_scale
-    return (ez * weight.squeeze(1)).mul_(-scale).to(dtype), direction, -scale * weight
+    slope, scale = coef["slope"], reduction_scale(row_numel(model_output), reduction)
+    return (ez * slope).mul_(-scale).to(slope.dtype), direction, -scale * slope[:, None]
 
 
 def _pass(
     model_output: Tensor,
     uncond_output: Tensor | None,
     guidance_scale: float,
-    old_model_output: Tensor,
+    old_model_output: Tensor | None,
     noise: Tensor | None,
     seed: Tensor | None,
     sample_index: Tensor | None,
@@ -196,46 +226,50 @@ def _pass(
     table: Tensor,
     step: Tensor,
     ref_model_output: Tensor | None,
-    objective: str,
     with_gradient: bool,
-) -> tuple[Coefficients, Tensor, Tensor | None, Tensor]:
-    """Each row's coefficients, <e, z + w e/2> and <m_new - m_ref, m_new - m_ref>, and the direction z + w e (empty
-    without gradient); for guard without the terms in w."""
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor | None, Tensor]:
+    """Each row's coefficients, <e, z + curvature e/2>, <e, e> and <m_new - m_ref, m_new - m_ref>, and the direction
+    z + curvature e (empty without gradient)."""
     dtype = compute_dtype(model_output, old_model_output, noise, ref_model_output, sample, prev_sample, uncond_output)
     direction = model_output.new_empty(model_output.shape if with_gradient else 0)
     rows, numel = len(step), row_numel(model_output)
-    coef = Coefficients(table, step, dtype)
-    states = (None, None, None) if sample is None else (coef.sample, coef.output, coef.inverse_std)
+    coef = coefficients(table, step, dtype)
+    states: list[Tensor | None] = [None] * 4
+    if sample is not None:
+        # the states give z, or m_old where there is none
+        divisor = coef["output_coef" if old_model_output is None else "std"]
+        states = per_row(coef["sample_coef"], coef["output_coef"], coef["std"], inverse(divisor))
     first_counter = None if seed is None else first_counters(sample_index, step, table.shape[0], numel)
-    w = coef.weight
-    optional = (direction if with_gradient else None, uncond_output, noise, sample, prev_sample, ref_model_output)
-    per_element = (None if t is None else as_rows(t) for t in optional)
-    sums, ref_sums = [], []
+    optional = (direction if with_gradient else None, old_model_output, uncond_output, noise)
+    per_element = (None if t is None else as_rows(t) for t in (*optional, sample, prev_sample, ref_model_output))
+    sums, squares, ref_squares = [], [], []
 
-    for columns, new, old, target, uncond, z, x, x_prev, ref, weight, half_weight, a, b, inverse_std, counter in tiles(
-        *map(as_rows, (model_output, old_model_output)),
-        *(*per_element, w, w / 2, *states, first_counter),
+    for columns, new, target, old, uncond, z, x, x_prev, ref, curvature, a, b, s, divide, counter in tiles(
+        as_rows(model_output), *per_element, *per_row(coef["curvature"]), *states, first_counter
     ):
         if uncond is not None:
             new = guided_output(new, uncond, guidance_scale, dtype, torch.empty_like(new))
-        new, old = cast(new, dtype), cast(old, dtype)
-        if x is not None:
-            mean = affine_mean(cast(x, dtype), old, a, b)
-            z = torch.sub(cast(x_prev, dtype), mean, out=mean).mul_(inverse_std)
-        elif counter is not None:
+        new = cast(new, dtype)
+        if counter is not None:
             z = noise_tile(seed, counter, columns)
-        z = cast(z, dtype)
+        if old is None:
+            # x' = a x + b m_old + s z, solved for m_old
+            rest = affine_mean(cast(x, dtype), cast(z, dtype), a, s)
+            old = torch.sub(cast(x_prev, dtype), rest, out=rest).mul_(divide)
+        elif x is not None:
+            mean = affine_mean(cast(x, dtype), cast(old, dtype), a, b)
+            z = torch.sub(cast(x_prev, dtype), mean, out=mean).mul_(divide)
+        z, old = cast(z, dtype), cast(old, dtype)
         e = new - old
-        scratch = target if target is not None and target.dtype == dtype else torch.empty_like(e)
-        if objective == "guard":
-            sums.append(chunk_sums(torch.mul(e, z, out=scratch)))
-        else:
-            sums.append(chunk_sums(torch.addcmul(z, e, half_weight, out=scratch).mul_(e)))
-        if target is not None:
-            direction_tile = z if objective == "guard" else torch.addcmul(z, e, weight, out=scratch)
-            if direction_tile is not target:
-                target.copy_(direction_tile)
+        direct = torch.addcmul(z, e, curvature, out=target if target is not None and target.dtype == dtype else None)
+        if target is not None and direct is not target:
+            target.copy_(direct)
+        squares.append(chunk_squares(e))
+        sums.append(chunk_sums(torch.mul(e, direct, out=e)))
         if ref is not None:
-            ref_sums.append(chunk_sums(torch.sub(new, cast(ref, dtype), out=e).square_()))
+            ref_squares.append(chunk_squares(torch.sub(new, cast(ref, dtype), out=e)))
 
-    return coef, row_sums(sums, rows), row_sums(ref_sums, rows) if ref_sums else None, direction
+    ee, rr = row_sums(squares, rows), row_sums(ref_squares, rows) if ref_squares else None
+    # <e, z + curvature e> is left over from the direction
+    ez = row_sums(sums, rows).sub_(ee * coef["curvature"], alpha=0.5)
+    return coef, ez, ee, rr, direction

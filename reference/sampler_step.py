@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from .affine import (
-    Coefficients,
     affine_mean,
     as_rows,
     cast,
     chunk_sums,
+    coefficients,
     compute_dtype,
     gaussian_log_prob,
     guided_output,
+    inverse,
+    per_row,
     row_numel,
     row_sums,
     tiles,
@@ -41,8 +43,8 @@ def sampler_step_oracle(
     if uncond_output is not None:
         uncond = uncond_output.double().flatten(1)
         m = uncond + guidance_scale * (m - uncond)
-    coef = Coefficients(table, step, torch.float64)
-    a, b, s = coef.sample, coef.output, coef.std
+    coef = coefficients(table, step, torch.float64)
+    a, b, s = per_row(coef["sample_coef"], coef["output_coef"], coef["std"])
     random = s > 0
     policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     prev_sample = torch.where(random, policy.mean + policy.stddev * z, policy.mean)
@@ -62,29 +64,33 @@ def sampler_step(
     seed: Tensor | None,
     sample_index: Tensor | None,
     return_noise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x', the guided output (empty without guidance), the noise of the stored x' (empty unless asked for), and its
-    log-probability."""
+    return_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x', the guided output (empty without guidance), the noise of the stored x' (empty unless asked for), its
+    log-probability, and a x + b m (empty unless asked for)."""
     dtype = compute_dtype(model_output, sample, uncond_output, noise)
     prev_sample = torch.empty_like(sample, memory_format=torch.contiguous_format)
     stored_noise = torch.empty_like(prev_sample, dtype=dtype) if return_noise else prev_sample.new_empty(0, dtype=dtype)
+    stored_mean = torch.empty_like(prev_sample, dtype=dtype) if return_mean else prev_sample.new_empty(0, dtype=dtype)
     guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     if uncond_output is None:
         guided = model_output.new_empty(0)
     rows, numel = sample.shape[0], row_numel(sample)
-    coef = Coefficients(table, step, dtype)
-    per_row = (coef.sample, coef.output, coef.std, coef.inverse_std)
+    coef = coefficients(table, step, dtype)
+    columns_per_row = per_row(coef["sample_coef"], coef["output_coef"], coef["std"], inverse(coef["std"]))
     first_counter = None if seed is None else first_counters(sample_index, step, table.shape[0], numel)
-    optional = (uncond_output, guided, noise, stored_noise if return_noise else None)
+    optional = (uncond_output, guided, noise, stored_noise, stored_mean)
     per_element = (None if t is None or t.numel() == 0 else as_rows(t) for t in optional)
     squares = []
 
-    for columns, x, m, x_prev, uncond, m_guided, z, z_stored, a, b, std, inverse_std, counter in tiles(
-        *map(as_rows, (sample, model_output, prev_sample)), *per_element, *per_row, first_counter
+    for columns, x, m, x_prev, uncond, m_guided, z, z_stored, target_mean, a, b, std, inverse_std, counter in tiles(
+        *map(as_rows, (sample, model_output, prev_sample)), *per_element, *columns_per_row, first_counter
     ):
         if uncond is not None:
             m = guided_output(m, uncond, guidance_scale, dtype, m_guided)
         mean = affine_mean(cast(x, dtype), cast(m, dtype), a, b)
+        if target_mean is not None:
+            target_mean.copy_(mean)
         z = noise_tile(seed, counter, columns) if z is None else z
         if x_prev.dtype == dtype:
             torch.addcmul(mean, cast(z, dtype), std, out=x_prev)
@@ -95,4 +101,4 @@ def sampler_step(
         squares.append(chunk_sums(torch.mul(z, z, out=difference)))
 
     log_prob = gaussian_log_prob(row_sums(squares, rows), coef, numel, "mean")
-    return prev_sample, guided, stored_noise, log_prob.to(dtype)
+    return prev_sample, guided, stored_noise, log_prob.to(dtype), stored_mean

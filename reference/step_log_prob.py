@@ -10,13 +10,15 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from .affine import (
-    Coefficients,
     affine_mean,
     as_rows,
     cast,
     chunk_sums,
+    coefficients,
     compute_dtype,
     gaussian_log_prob,
+    inverse,
+    per_row,
     reduction_scale,
     row_sums,
     tiles,
@@ -36,8 +38,8 @@ def step_log_prob_oracle(
     """The textbook formula in float64, differentiable by autograd; 0 for a deterministic step. Not normalised, it is
     -(x' - a x - b m)^2."""
     m, x, x_prev = (t.double().flatten(1) for t in (model_output, sample, prev_sample))
-    coef = Coefficients(table, step, torch.float64)
-    a, b, s = coef.sample, coef.output, coef.std
+    coef = coefficients(table, step, torch.float64)
+    a, b, s = per_row(coef["sample_coef"], coef["output_coef"], coef["std"])
     random = s > 0
     policy = Normal(a * x + b * m, torch.where(random, s, 1.0))
     log_prob = policy.log_prob(x_prev) if normalized else -(x_prev - policy.mean).square()
@@ -60,19 +62,19 @@ def step_log_prob(
     m, x, x_prev = (as_rows(t) for t in (model_output, sample, prev_sample))
     towards = as_rows(direction) if with_gradient else None
     rows, numel = m.shape
-    coef = Coefficients(table, step, dtype)
-    b, inverse_std = coef.output, coef.inverse_std
+    coef = coefficients(table, step, dtype)
+    a, b, inverse_std = per_row(coef["sample_coef"], coef["output_coef"], inverse(coef["std"]))
     squares = []
 
-    for _, m_tile, x_tile, x_prev_tile, target, a, b_tile, inverse in tiles(
-        m, x, x_prev, towards, coef.sample, b, inverse_std
+    for _, m_tile, x_tile, x_prev_tile, target, a_tile, b_tile, inverse_tile in tiles(
+        m, x, x_prev, towards, a, b, inverse_std
     ):
-        mean = affine_mean(cast(x_tile, dtype), cast(m_tile, dtype), a, b_tile)
-        z = torch.sub(cast(x_prev_tile, dtype), mean, out=mean).mul_(inverse)
+        mean = affine_mean(cast(x_tile, dtype), cast(m_tile, dtype), a_tile, b_tile)
+        z = torch.sub(cast(x_prev_tile, dtype), mean, out=mean).mul_(inverse_tile)
         if target is not None:
             target.copy_(z)
         squares.append(chunk_sums(z.square_()))
 
     log_prob = gaussian_log_prob(row_sums(squares, rows), coef, numel, reduction)
-    coefficient = reduction_scale(numel, reduction) * coef.log_prob_scale * b * inverse_std
+    coefficient = reduction_scale(numel, reduction) * coef["log_prob_scale"][:, None] * b * inverse_std
     return log_prob.to(dtype), direction, coefficient
