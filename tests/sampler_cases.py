@@ -165,9 +165,9 @@ def flow_table(sde="flow", num_steps=10, shift=3.0, **kwargs) -> StepTable:
 
 
 @st.composite
-def levels(draw, ends=st.just((1.0, 0.0))):
-    """Sigmas of a random schedule of 1 to 12 steps."""
-    first, last = draw(ends)
+def levels(draw, ends=((1.0, 0.0),)):
+    """Sigmas of a random schedule of 1 to 12 steps, between one of these pairs of ends."""
+    first, last = draw(st.sampled_from(ends))
     gaps = np.array(draw(st.lists(st.floats(0.02, 1.0), min_size=1, max_size=12)))
     inner = 1 - np.cumsum(gaps / gaps.sum())[:-1]
     return last + (first - last) * np.concatenate([[1.0], inner, [0.0]])

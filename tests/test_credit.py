@@ -318,7 +318,7 @@ def test_proportionate_credit_keeps_the_sampler_and_its_total(last_step, num_ste
 
 
 @property_test
-@given(levels(st.sampled_from([(1.0, 0.0), (0.999999, 0.0), (0.7, 0.0), (0.9, 0.2)])), st.sampled_from(FLOW_SDES))
+@given(levels([(1.0, 0.0), (0.999999, 0.0), (0.7, 0.0), (0.9, 0.2)]), st.sampled_from(FLOW_SDES))
 def test_flow_credit_of_random_schedules(sigmas, sde):
     assume(len(sigmas) > 2)
     native, constant, proportionate = (

@@ -161,7 +161,7 @@ def test_senseless_requests_are_refused(kwargs, message):
 
 @property_test
 @given(
-    levels(st.sampled_from([(0.999999, 0.0), (0.6, 0.0), (1.0, 0.1), (0.8, 0.3)])),
+    levels([(0.999999, 0.0), (0.6, 0.0), (1.0, 0.1), (0.8, 0.3)]),
     st.sampled_from(FLOW_SDES),
     st.sampled_from(["ode", "noise"]),
 )

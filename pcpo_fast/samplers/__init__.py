@@ -44,13 +44,13 @@ class Schedule(NamedTuple):
 
     Attributes:
         scheduler: the diffusers scheduler of the model's pipeline.
-        sigmas: (T,) the noise levels that the pipeline hands to its scheduler, before the shift; None where it leaves
-            them to the scheduler.
+        sigmas: the noise levels that the pipeline hands to its scheduler, before the shift and without the final 0:
+            (T,) of them, or a function of T. None where the pipeline leaves them to the scheduler.
         image_seq_len: tokens of an image, where the shift depends on the size of the image.
     """
 
     scheduler: Any
-    sigmas: Sequence[float] | None = None
+    sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None = None
     image_seq_len: int | None = None
 
 
@@ -97,7 +97,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
         family = family_of(scheduler)
     except ValueError as error:
         raise SettingError("model", str(error)) from error
-    sampler = settings.sampler or SAMPLERS[family][0]
+    sampler = SAMPLERS[family][0] if settings.sampler is None else settings.sampler
     if sampler not in SAMPLERS[family]:
         known = any(sampler in samplers for samplers in SAMPLERS.values())
         reason = f"does not fit {name}, a {family} scheduler" if known else "is not known"
@@ -118,7 +118,8 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
         if settings.shift is not None:
             sigmas = shifted_sigmas(settings.num_inference_steps, settings.shift)
             return StepTable.flow(sigmas, num_train_timesteps=scheduler.config.num_train_timesteps, **options)
-        options |= {"sigmas": schedule.sigmas, "image_seq_len": schedule.image_seq_len}
+        sigmas = schedule.sigmas(settings.num_inference_steps) if callable(schedule.sigmas) else schedule.sigmas
+        options |= {"sigmas": sigmas, "image_seq_len": schedule.image_seq_len}
         return StepTable.from_scheduler(scheduler, settings.num_inference_steps, **options)
     except ValueError as error:
         raise _named(error, scheduler_name=name) from error
