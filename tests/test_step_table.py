@@ -168,9 +168,10 @@ def test_a_changed_table_is_derived_anew():
     assert torch.equal(louder.rows[:, COLUMNS.index("std")], louder.std.float())
 
 
-@pytest.mark.parametrize("credit", ["native", "constant", "given"])
+@pytest.mark.parametrize("credit", ["native", "constant", "proportionate", "given"])
 def test_a_part_of_a_table_keeps_its_weights(credit):
-    table = table_of(credit=CREDIT if credit == "given" else credit, interval=H, normalized=False).guarded()
+    given = {"interval": H, "epsilon_scale": SCALE, "normalized": False}
+    table = table_of(credit=CREDIT if credit == "given" else credit, **given).guarded()
     for part, rows in (
         (table[0], slice(0, 1)),
         (table[-1], slice(4, 5)),
@@ -182,6 +183,7 @@ def test_a_part_of_a_table_keeps_its_weights(credit):
         assert torch.equal(part.rows, table.rows[rows]) and torch.equal(part.weight, table.weight[rows])
         assert torch.equal(part.timesteps, table.timesteps[rows]) and torch.equal(part.interval, table.interval[rows])
         assert part.guard and not part.normalized
+        assert part.target_weight == table.target_weight and (credit == "given" or part.credit == credit)
     with pytest.raises(IndexError):
         table[5]
     assert len(list(table)) == 5

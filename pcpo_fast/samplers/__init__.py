@@ -127,7 +127,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
 
 def _named(error: ValueError, *, scheduler_name: str) -> SettingError:
     """A builder's error as one of the setting that its message begins with."""
-    first = re.match(r"\w*", str(error)).group()  # pyright: ignore[reportOptionalMemberAccess]
+    first = re.split(r"\W", str(error), maxsplit=1)[0]
     settings = ("num_inference_steps", "eta", "noise_level", "shift", "credit", "target_weight")
     if first == "window":
         setting = "window_size"

@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -179,7 +179,10 @@ class StepTable:
         if not isinstance(steps, slice):
             step = range(len(self))[steps]
             steps = slice(step, step + 1)
-        return self._map(lambda column: column[steps])
+        columns: dict[str, Any] = {name: getattr(self, name)[steps] for name in _TENSORS}
+        # the level of a scheme is a number by now, and stays
+        credit = self.credit if isinstance(self.credit, str) else self.credit[steps]
+        return dataclasses.replace(self, **columns, credit=credit)
 
     def __str__(self) -> str:
         lines = [f"{'step':>4} {'timestep':>9} {'std':>9} {'native weight':>14} {'weight':>9}"]
@@ -326,10 +329,6 @@ class StepTable:
         if not bool(column.isfinite().all()):
             raise ValueError(f"{name} has an entry that is not finite; give finite numbers")
         return column
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> StepTable:
-        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
-        return dataclasses.replace(self, **columns, credit=change(self.weight), target_weight=None)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
