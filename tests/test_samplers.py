@@ -63,18 +63,17 @@ def test_a_flow_model_is_sampled_with_an_sde():
         assert equal(table, direct)
 
 
-@pytest.mark.parametrize("as_function", [False, True])
-def test_the_pipeline_s_own_noise_levels(as_function):
+def test_the_pipeline_s_own_noise_levels():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     sigmas = np.linspace(1, 1 / 10, 10).tolist()
-    given = (lambda steps: np.linspace(1, 1 / steps, steps).tolist()) if as_function else sigmas
-    table = build(settings_of(), Schedule(scheduler, sigmas=given, image_seq_len=1024))
+    of_steps = {10: sigmas}.get
+    table = build(settings_of(), Schedule(scheduler, sigmas=of_steps, image_seq_len=1024))
     assert equal(table, StepTable.from_scheduler(scheduler, 10, sigmas=sigmas, image_seq_len=1024))
 
 
 @pytest.mark.parametrize("sde", FLOW_SDES)
 def test_a_shift_replaces_the_schedule_of_the_pipeline(sde):
-    schedule = flow(shift=7.0, num_train_timesteps=500)._replace(sigmas=[0.5])
+    schedule = flow(shift=7.0, num_train_timesteps=500)._replace(sigmas=lambda steps: [0.5])
     given = {"noise_level": 0.4, "credit": "proportionate"}
     table = build(settings_of(sampler=sde, shift=3.0, **given), schedule, window=(0, 2))
     direct = StepTable.flow(shifted_sigmas(10, 3.0), sde=sde, window=(0, 2), num_train_timesteps=500, **given)

@@ -44,13 +44,13 @@ class Schedule(NamedTuple):
 
     Attributes:
         scheduler: the diffusers scheduler of the model's pipeline.
-        sigmas: the noise levels that the pipeline hands to its scheduler, before the shift and without the final 0:
-            (T,) of them, or a function of T. None where the pipeline leaves them to the scheduler.
+        sigmas: a function of T that returns the T noise levels which the pipeline hands to its scheduler, before the
+            shift; None where it leaves them to the scheduler.
         image_seq_len: tokens of an image, where the shift depends on the size of the image.
     """
 
     scheduler: Any
-    sigmas: Sequence[float] | Callable[[int], Sequence[float]] | None = None
+    sigmas: Callable[[int], Sequence[float]] | None = None
     image_seq_len: int | None = None
 
 
@@ -118,7 +118,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
         if settings.shift is not None:
             sigmas = shifted_sigmas(settings.num_inference_steps, settings.shift)
             return StepTable.flow(sigmas, num_train_timesteps=scheduler.config.num_train_timesteps, **options)
-        sigmas = schedule.sigmas(settings.num_inference_steps) if callable(schedule.sigmas) else schedule.sigmas
+        sigmas = None if schedule.sigmas is None else schedule.sigmas(settings.num_inference_steps)
         options |= {"sigmas": sigmas, "image_seq_len": schedule.image_seq_len}
         return StepTable.from_scheduler(scheduler, settings.num_inference_steps, **options)
     except ValueError as error:
