@@ -97,7 +97,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
         family = family_of(scheduler)
     except ValueError as error:
         raise SettingError("model", str(error)) from error
-    sampler = settings.sampler or SAMPLERS[family][0]
+    sampler = SAMPLERS[family][0] if settings.sampler is None else settings.sampler
     if sampler not in SAMPLERS[family]:
         known = any(sampler in samplers for samplers in SAMPLERS.values())
         reason = f"does not fit {name}, a {family} scheduler" if known else "is not known"
@@ -127,7 +127,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
 
 def _named(error: ValueError, *, scheduler_name: str) -> SettingError:
     """A builder's error as one of the setting that its message begins with."""
-    first = re.match(r"\w*", str(error)).group()  # pyright: ignore[reportOptionalMemberAccess]
+    first = re.split(r"\W", str(error), maxsplit=1)[0]
     settings = ("num_inference_steps", "eta", "noise_level", "shift", "credit", "target_weight")
     if first == "window":
         setting = "window_size"

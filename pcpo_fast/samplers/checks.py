@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -24,8 +25,8 @@ def abbreviate(numbers: Tensor | Sequence[float]) -> str:
 
 def check_choice(name: str, given: Any, choices: Any) -> None:
     """Raises ValueError unless `given` is one of the strings of the Literal `choices`."""
-    if given not in get_args(choices):
-        raise ValueError(f"{name}={given!r} is not known; choose one of {', '.join(get_args(choices))}")
+    if not isinstance(given, str) or given not in get_args(choices):
+        raise ValueError(f"{name}={reprlib.repr(given)} is not known; choose one of {', '.join(get_args(choices))}")
 
 
 def check_level(credit: str, target_weight: float | None) -> None:
@@ -51,7 +52,9 @@ def checked_numbers(name: str, given: Any, shape: str) -> Tensor:
             f"{name} is a {type(given).__name__}; build the table of a scheduler with StepTable.from_scheduler"
         )
     try:
-        return torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        # a device may not have float64
+        given = given.detach().cpu() if isinstance(given, Tensor) else given
+        return torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is a {type(given).__name__}, not numbers; give {shape}") from error
 
@@ -63,7 +66,7 @@ def checked_steps(steps: Iterable[int], num_steps: int) -> list[int]:
         ValueError: for a step that is no whole number, or not in the table.
     """
     if not isinstance(steps, Iterable) or isinstance(steps, str):
-        raise ValueError(f"steps={steps!r} is not a list of step indices; give one, such as [0, 3, 4]")
+        raise ValueError(f"steps={reprlib.repr(steps)} is not a list of step indices; give one, such as [0, 3, 4]")
     found = []
     for step in steps:
         truth = isinstance(step, bool) or getattr(step, "dtype", None) == torch.bool
@@ -72,7 +75,9 @@ def checked_steps(steps: Iterable[int], num_steps: int) -> list[int]:
         except TypeError:
             index = -1
         if not 0 <= index < num_steps:
-            raise ValueError(f"steps has {step!r}, which is no step; choose whole numbers from 0 to {num_steps - 1}")
+            raise ValueError(
+                f"steps has {reprlib.repr(step)}, which is no step; choose whole numbers from 0 to {num_steps - 1}"
+            )
         found.append(index)
     return found
 
@@ -91,7 +96,7 @@ def stochastic_steps(
         raise ValueError("window and steps were both given; a window is a range of steps, so give one of the two")
     pair = isinstance(window, (tuple, list)) and len(window) == 2
     if not pair or any(not isinstance(step, int) or isinstance(step, bool) for step in window):
-        raise ValueError(f"window={window!r} is not a pair of whole numbers; give (start, stop)")
+        raise ValueError(f"window={reprlib.repr(window)} is not a pair of whole numbers; give (start, stop)")
     start, stop = window
     if not 0 <= start <= stop <= num_steps:
         raise ValueError(

@@ -153,8 +153,8 @@ def shifted_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
     Raises:
         ValueError: for fewer than 1 step and for a shift that is not positive and finite.
     """
-    if num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be at least 1")
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number of at least 1")
     if not (math.isfinite(shift) and shift > 0):
         raise ValueError(f"shift={shift} is not a shift; give a finite number > 0 (1 changes nothing)")
     s = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)

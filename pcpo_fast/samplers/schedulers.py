@@ -159,8 +159,8 @@ def _known_class(scheduler: Any) -> str | None:
 
 def _check_number_of_steps(scheduler: Any, num_inference_steps: int | None, use_current: bool) -> None:
     if use_current:
-        is_set = getattr(scheduler, "num_inference_steps", None) or getattr(scheduler, "custom_timesteps", False)
-        if not is_set:
+        # a DDPM scheduler with custom timesteps does not count them
+        if not (getattr(scheduler, "num_inference_steps", None) or getattr(scheduler, "custom_timesteps", False)):
             raise ValueError(
                 f"use_current=True and this {type(scheduler).__name__} was not set to any timesteps; call its "
                 "set_timesteps first, or give num_inference_steps alone"

@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -120,7 +120,8 @@ class StepTable:
             self._set("credit", self._column("credit", self.credit))
         columns = self._columns()
         rows = torch.stack([columns[name] for name in COLUMNS], dim=1).to(torch.float32).contiguous()
-        beyond = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        lost = ~rows.isfinite().all(dim=1) | (self.trainable & (rows[:, COLUMNS.index("std")] == 0))
+        beyond = lost.nonzero().flatten().tolist()
         if beyond:
             std, weight = (float(column[beyond[0]]) for column in (self.std, self.weight))
             raise ValueError(
@@ -178,7 +179,10 @@ class StepTable:
         if not isinstance(steps, slice):
             step = range(len(self))[steps]
             steps = slice(step, step + 1)
-        return self._map(lambda column: column[steps])
+        columns: dict[str, Any] = {name: getattr(self, name)[steps] for name in _TENSORS}
+        # the level of a scheme is a number by now, and stays
+        credit = self.credit if isinstance(self.credit, str) else self.credit[steps]
+        return dataclasses.replace(self, **columns, credit=credit)
 
     def __str__(self) -> str:
         lines = [f"{'step':>4} {'timestep':>9} {'std':>9} {'native weight':>14} {'weight':>9}"]
@@ -325,10 +329,6 @@ class StepTable:
         if not bool(column.isfinite().all()):
             raise ValueError(f"{name} has an entry that is not finite; give finite numbers")
         return column
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> StepTable:
-        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
-        return dataclasses.replace(self, **columns, credit=change(self.weight), target_weight=None)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
