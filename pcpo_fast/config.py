@@ -35,8 +35,8 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
     model: str = "digits"
-    """Diffusers pipeline (Stable Diffusion 1, 2, XL, 3 and 3.5, FLUX.1): a local folder, a hub name, or an embedded
-    model, "digits" or "digits-flow"."""
+    """Diffusers pipeline: a local folder, a hub name, or an embedded model, "digits" or "digits-flow".
+    Stable Diffusion 1, 2, XL, 3 and 3.5, and FLUX.1 are supported."""
     tuning: Literal["lora", "full"] = "lora"
     """Train LoRA adapters, or the whole denoiser."""
     lora_rank: Count = 4
@@ -48,8 +48,8 @@ class ModelSettings:
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the denoiser and of the stored model outputs; trained weights and latents stay in fp32."""
     attention: Attention = "sdpa"
-    """Attention backend: PyTorch SDPA (sdpa, or one fixed kernel: sdpa-flash, ...), xformers, or flash-attn (FLUX
-    only)."""
+    """Attention backend: PyTorch SDPA (sdpa, or one fixed kernel: sdpa-flash, ...), xformers, or flash-attn.
+    The last is for FLUX only."""
     compile: bool = False
     """Compile the denoiser's transformer blocks with torch.compile."""
     channels_last: bool = False
@@ -83,8 +83,8 @@ class SamplerSettings:
     num_inference_steps: Count = 20
     """Sampler steps per image."""
     sampler: str | None = None
-    """ddim for diffusion models; flow (the SDE of Flow-GRPO), dance (DanceGRPO) or cps (FlowCPS) for flow models; or
-    module:function, your own function (settings, schedule) -> StepTable. None selects ddim or flow."""
+    """ddim for diffusion models; flow (the SDE of Flow-GRPO), dance (DanceGRPO) or cps (FlowCPS) for flow models.
+    Or module:function, your own function (settings, schedule) -> StepTable. None selects ddim or flow."""
     eta: NotNegative | None = None
     """DDIM noise level; None means 1, the variance of DDPM."""
     noise_level: NotNegative | None = None
@@ -92,9 +92,8 @@ class SamplerSettings:
     shift: Positive | None = None
     """Timestep shift of a flow model's schedule; None selects the schedule of the model's pipeline."""
     credit: Credit = "constant"
-    """Weight of each step in the loss: the sampler's own (native, as in DDPO and Flow-GRPO), the mean of these at every
-    step (constant), PCPO's with a re-solved variance (proportionate), or the root that PCPO's released code takes
-    (published)."""
+    """Weight of each step in the loss. native: the sampler's own, as in DDPO and Flow-GRPO. constant: their mean.
+    proportionate: PCPO's, with a re-solved variance for diffusion. published: as in PCPO's released code."""
     target_weight: Positive | None = None
     """Weight of every step (diffusion) or of the whole trajectory (flow); None keeps the sampler's own mean or sum."""
     normalized_log_prob: bool = True
@@ -102,8 +101,8 @@ class SamplerSettings:
     window_size: Count | None = None
     """Number of steps that draw noise and are trained; the others follow the ODE. None means all steps."""
     window: Literal["fixed", "random", "sliding"] = "fixed"
-    """Position of the window in its range: at the start (fixed), drawn every epoch (random), or one step later every
-    epoch, starting over at the end (sliding)."""
+    """Position of the window in its range. fixed: at the start. random: drawn every epoch.
+    sliding: one step later every epoch, starting over at the end."""
     window_range: tuple[int, int] | None = None
     """First step of the window's range and the step after its last; None means all steps that draw noise."""
 
@@ -149,8 +148,8 @@ class DataSettings:
     prompts: str = "digits"
     """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals"."""
     rewards: tuple[str, ...] = ("digit_alignment",)
-    """Rewards to train on: names, or module:function for your own; a weight may follow, as in
-    jpeg_compressibility=0.5."""
+    """Rewards to train on: names, or module:function for your own.
+    A weight may follow, as in jpeg_compressibility=0.5."""
     eval_rewards: tuple[str, ...] = ("digit_accuracy",)
     """Rewards that are measured in evaluations and never trained on."""
 
@@ -195,8 +194,8 @@ class RunSettings:
     micro_batch_size: Count = 32
     """Rows (one image at one step) per call of the denoiser, in sampling and in training."""
     old_outputs: Literal["rollout", "recompute"] = "rollout"
-    """Old model outputs in the loss: those stored by the rollout, or recomputed before the update. Recompute them where
-    the training forward pass differs from the rollout's, for example with --compile."""
+    """Old model outputs in the loss: those stored by the rollout, or recomputed before the update.
+    Recompute them where the training forward pass differs from the rollout's, for example with --compile."""
     gradient_accumulation_steps: Count = 10
     """Micro-batches per optimizer step."""
     seed: Annotated[int, Ge(0), Lt(2**62)] = 0

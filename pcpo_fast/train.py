@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from pcpo_fast import samplers
 from pcpo_fast.config import Config, read_config
 from pcpo_fast.errors import SettingError
@@ -149,9 +151,9 @@ def _set_globals(config: Config) -> None:
     # adapters are initialised from this one; the loop draws from its own generators
     set_seed(config.run.seed % 2**32)
     if config.model.compile:
-        import torch._dynamo
+        from torch._dynamo import config as dynamo
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     if find_device(config.model.device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.model.tf32
         # the same bits every time, where CUDA's libraries can: read when they start
