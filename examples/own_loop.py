@@ -59,7 +59,9 @@ def main(epochs: int = EPOCHS) -> list[float]:
             for step in range(STEPS):
                 cond, guidance = predict(states[step], step)
                 noise = StoredStates(states[step], states[step + 1])
-                result = policy_loss(cond, outputs[step], noise, table, step, advantage, clip_range=1e-3, guidance=guidance)
+                result = policy_loss(
+                    cond, outputs[step], noise, table, step, advantage, clip_range=1e-3, guidance=guidance
+                )
                 (result.loss / STEPS).backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()
