@@ -109,6 +109,8 @@ class Trainer:
                     batch = self.collect(signals.stop)
                 # changes weights; only whole updates are saved
                 record = self.update(batch)
+                # the next rollout needs the memory
+                del batch
                 with self._saved_on_error():
                     self.metrics.write(record)
                     self._finish_epoch(signals.stop)

@@ -507,7 +507,7 @@ def files(tmp_path):
         ),
         ("--eta 0", "--sampler: every step is deterministic, .* raise eta"),
         ("--eta 0 --credit native", "--sampler: every step is deterministic, .* raise eta"),
-        ("--shift 3", "--shift: is for flow models and DDIMScheduler is a diffusion scheduler; leave it out"),
+        ("--shift 3", "--shift: .*is for flow models and DDIMScheduler is a diffusion scheduler; leave it out"),
         ("--lora-target-modules to_q nosuch", "--lora-target-modules: nosuch names no layer of UNet2DConditionModel"),
         ("--tuning full --lora-target-modules to_q", "--lora-target-modules: applies to tuning lora, and"),
         ("--max-sequence-length 513", "--max-sequence-length: 513 was given; it must be less than or equal to 512"),
