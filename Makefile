@@ -24,9 +24,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# rebuilds the embedded digits pipeline from nothing (needs no download)
+# rebuilds the embedded digits models from nothing (needs no download)
 model: $(STAMP)
-	$(BIN)/python -m pcpo_fast.assets.build_digits $(ARGS)
+	$(BIN)/python -m pcpo_fast.digits.build $(ARGS)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

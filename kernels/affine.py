@@ -7,7 +7,7 @@ values for the log-probability of one step.
 import triton
 import triton.language as tl
 
-from ..columns import COLUMNS
+from pcpo_fast.columns import COLUMNS
 
 SAMPLE_COEF = tl.constexpr(COLUMNS.index("sample_coef"))
 OUTPUT_COEF = tl.constexpr(COLUMNS.index("output_coef"))

@@ -18,8 +18,9 @@ from .ops import (
     step_log_prob,
     step_log_ratio,
 )
-from .samplers.table import StepTable
-from .tables import shifted_sigmas
+from .samplers import StepTable, shifted_sigmas
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Guidance",

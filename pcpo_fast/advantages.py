@@ -1,36 +1,41 @@
-"""Advantages: rewards made comparable, per group, per prompt or per batch."""
+"""Advantages: rewards normalised per group, per prompt or per batch."""
 
 from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-# below any spread that a reward shows; a group of equal rewards gets advantages of 0
+if TYPE_CHECKING:
+    from pcpo_fast.config import LossSettings
+
+# what a reward is compared with
+Baseline = Literal["group", "prompt", "batch"]
+# far below the spread of any reward; a group of equal rewards gets advantages of 0
 EPSILON = 1e-4
 
 
 class Advantages:
-    """(reward - mean) / (std + 1e-4), clipped, with mean and std over the samples that a reward is compared with.
+    """(reward - mean) / (std + 1e-4), clipped. The baseline decides which samples give the mean and the std.
 
-    "group": the samples of the same prompt in this epoch, as GRPO has it (Shao et al., arXiv 2402.03300, section 4.1).
-    "prompt": the last `buffer_size` rewards of the same prompt over epochs, and the whole epoch's until there are
-    `buffer_min` of them, as DDPO has it (Black et al., arXiv 2305.13301, appendix on per-prompt tracking).
+    "group": the samples of the same prompt in this epoch, as in GRPO (Shao et al., arXiv 2402.03300, section 4.1).
+    "prompt": the last `prompt_buffer_size` rewards of the same prompt over epochs, or the whole epoch's until there are
+    `prompt_buffer_min` of them, as in DDPO (Black et al., arXiv 2305.13301, appendix on per-prompt tracking).
     "batch": all samples of this epoch.
 
-    Rewards that are not finite take no part and get advantage 0. All is computed in float64: there the mean of equal
-    float32 rewards is exact, so that they have no advantage, however large they are.
+    Rewards that are not finite are excluded and get advantage 0. The arithmetic is float64: the mean of equal float32
+    rewards is exact there, so their advantage is 0, however large they are.
     """
 
-    def __init__(self, kind: str, clip: float, buffer_size: int, buffer_min: int) -> None:
-        self.kind, self.clip, self.buffer_size, self.buffer_min = kind, clip, buffer_size, buffer_min
+    def __init__(self, settings: LossSettings) -> None:
+        self.settings = settings
         self.buffers: dict[str, collections.deque[float]] = {}
 
     def __call__(self, rewards: Tensor, prompts: Sequence[str], group_size: int) -> Tensor:
-        """float32 (N,) advantages of float32 (N,) rewards; the samples of one group follow one another."""
+        """float32 (N,) advantages of float32 (N,) rewards; the samples of a group are adjacent."""
         rewards = rewards.double()
         finite = rewards.isfinite()
         advantages = torch.zeros_like(rewards)
@@ -39,13 +44,14 @@ class Advantages:
                 # the biased std is defined for a single reward too
                 std = peers.std(correction=0)
                 advantages[members] = (rewards[members] - peers.mean()) / (std + EPSILON)
-        return advantages.clamp(-self.clip, self.clip).float()
+        clip = self.settings.advantage_clip
+        return advantages.clamp(-clip, clip).float()
 
     def _comparisons(self, rewards: Tensor, finite: Tensor, prompts: Sequence[str], group_size: int) -> Any:
         """(mask of samples, the finite rewards they are compared with), over all finite samples."""
-        if self.kind == "batch":
+        if self.settings.advantage == "batch":
             yield finite, rewards[finite]
-        elif self.kind == "group":
+        elif self.settings.advantage == "group":
             group = torch.arange(len(rewards)) // group_size
             for index in group.unique():
                 members = finite & (group == index)
@@ -53,15 +59,14 @@ class Advantages:
         else:
             for prompt in dict.fromkeys(prompts):
                 members = finite & torch.tensor([other == prompt for other in prompts])
-                buffer = self.buffers.setdefault(prompt, collections.deque(maxlen=self.buffer_size))
+                buffer = self.buffers.setdefault(prompt, collections.deque(maxlen=self.settings.prompt_buffer_size))
                 buffer.extend(rewards[members].tolist())
-                full = len(buffer) >= self.buffer_min
+                full = len(buffer) >= self.settings.prompt_buffer_min
                 yield members, rewards.new_tensor(list(buffer)) if full else rewards[finite]
 
     def state_dict(self) -> dict[str, list[float]]:
         return {prompt: list(buffer) for prompt, buffer in self.buffers.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.buffers = {
-            prompt: collections.deque(rewards, maxlen=self.buffer_size) for prompt, rewards in state.items()
-        }
+        size = self.settings.prompt_buffer_size
+        self.buffers = {prompt: collections.deque(rewards, maxlen=size) for prompt, rewards in state.items()}

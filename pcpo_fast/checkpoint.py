@@ -1,9 +1,8 @@
-"""Checkpoints: complete, and either whole or not there at all.
+"""Checkpoints, complete at every moment.
 
-A checkpoint is a folder `epoch-000012` with the trained weights and their moving average, if there is one (as diffusers
-reads them), the optimiser's tensors, the random states and the rest of the state. It is written under another name,
-flushed to the disk and then renamed, which a file system does at once or not at all: whatever moment a run is killed
-at, the newest folder of that name is whole.
+A checkpoint is a folder `epoch-000012` with the trained weights and their moving average if there is one (as diffusers
+reads them), the optimizer's tensors, the random states and the rest of the state as JSON. It is written to a temporary
+folder, flushed to the disk and renamed, so a run that is killed at any moment has a complete one.
 """
 
 from __future__ import annotations
@@ -20,7 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pcpo_fast.policies import DiffusersPolicy
+from pcpo_fast.files import flush, write_atomically
+from pcpo_fast.optimizer import Optimizer
+from pcpo_fast.policies import Policy
+
+STATE = "state.json"
 
 
 class Checkpoints:
@@ -28,12 +31,12 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
-        # what a killed run left unfinished
-        for partial in folder.glob("*.partial"):
-            shutil.rmtree(partial)
+        # a killed run may have left unfinished ones
+        for partial in [*folder.glob("*.partial"), *folder.glob("*/*.partial")]:
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
+        """The newest checkpoint, or None."""
         return self._all()[-1] if self._all() else None
 
     @staticmethod
@@ -47,26 +50,36 @@ class Checkpoints:
     def save(
         self,
         epoch: int,
-        policy: DiffusersPolicy,
-        optimizer: torch.optim.Optimizer,
+        policy: Policy,
+        optimizer: Optimizer,
         state: dict[str, Any],
         random_state: dict[str, Any],
-        ema: Any = None,
     ) -> Path:
-        """Writes the state after `epoch` epochs; `state` is JSON-able, `ema` a diffusers EMAModel or None. Returns the
-        folder."""
+        """Writes the state after `epoch` epochs and returns its folder.
+
+        Where that epoch has a checkpoint already, only `state` is written: nothing else can have changed.
+
+        Args:
+            state: what the trainer wants to find again, JSON-able.
+            random_state: from `get_random_state`.
+        """
         from safetensors.torch import save_file
 
         target = self.folder / f"epoch-{epoch:06d}"
+        if target.exists():
+            saved = json.loads((target / STATE).read_text(encoding="utf-8"))
+            if saved | state != saved:
+                write_atomically(target / STATE, _json(saved | state))
+            return target
         partial = target.with_suffix(".partial")
-        # of an attempt that failed, on a full disk say
+        # a full disk may have stopped an earlier attempt
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         policy.save(partial / "weights")
-        if ema is not None:
-            with averaged(policy, ema):
+        if optimizer.ema is not None:
+            with optimizer.averaged():
                 policy.save(partial / "ema")
-        optimizer_state = optimizer.state_dict()
+        optimizer_state = optimizer.adamw.state_dict()
         tensors = {
             f"{index}.{name}": value.contiguous()
             for index, values in optimizer_state["state"].items()
@@ -76,34 +89,34 @@ class Checkpoints:
         save_file(random_state["torch"], partial / "random.safetensors")
         rest = {
             "epoch": epoch,
-            "ema_steps": None if ema is None else ema.optimization_step,
+            "ema_steps": None if optimizer.ema is None else optimizer.ema.optimization_step,
+            "scaler": optimizer.scaler.state_dict(),
             "param_groups": optimizer_state["param_groups"],
             "python_random": random_state["python"],
             "numpy_random": random_state["numpy"],
             **state,
         }
-        (partial / "state.json").write_text(json.dumps(rest) + "\n", encoding="utf-8")
+        (partial / STATE).write_bytes(_json(rest))
         for path in [*partial.rglob("*"), partial]:
-            _flush(path)
+            flush(path)
         os.replace(partial, target)
-        _flush(self.folder)
+        flush(self.folder)
         for old in self._all()[: -self.keep]:
-            # renamed first: a deletion that is cut off must not leave half a checkpoint under a checkpoint's name
+            # renamed first, so that an interrupted deletion leaves no incomplete checkpoint under a valid name
             doomed = old.with_suffix(".partial")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
         return target
 
-    def load(
-        self, path: Path, policy: DiffusersPolicy, optimizer: torch.optim.Optimizer, ema: Any = None
-    ) -> dict[str, Any]:
-        """Restores weights, their average, optimiser and random states from `path`; returns the JSON part, with
-        "epoch"."""
+    def load(self, path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
+        """Restores weights, their average, optimizer and random states from `path`; returns the JSON part, which has
+        "epoch" too."""
         from safetensors.torch import load_file
 
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        ema = optimizer.ema
         if ema is not None:
-            # a run that had no average begins one at its weights
+            # a run without an average starts one at its weights
             steps = state.get("ema_steps")
             policy.load(path / ("weights" if steps is None else "ema"))
             ema.optimization_step = steps or 0
@@ -116,15 +129,18 @@ class Checkpoints:
             index, name = key.split(".", 1)
             like = parameters[int(index)]
             if tensor.shape == like.shape:
-                # laid out as the parameter is
+                # in the parameter's memory format
                 tensor = torch.empty_like(like, device=tensor.device).copy_(tensor)
             per_parameter.setdefault(int(index), {})[name] = tensor
-        # hyperparameters are the config's: a resumed run may have been given another learning rate
+        # hyperparameters come from the config: a resumed run may have another learning rate
         groups = [
             {**current, "params": saved["params"]}
-            for current, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True)
+            for current, saved in zip(optimizer.adamw.state_dict()["param_groups"], state["param_groups"], strict=True)
         ]
-        optimizer.load_state_dict({"state": per_parameter, "param_groups": groups})
+        optimizer.adamw.load_state_dict({"state": per_parameter, "param_groups": groups})
+        # a run in another dtype has no state of the scaler
+        if state["scaler"]:
+            optimizer.scaler.load_state_dict(state["scaler"])
         set_random_state(
             {
                 "torch": load_file(path / "random.safetensors"),
@@ -136,15 +152,13 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def averaged(policy: DiffusersPolicy, ema: Any) -> Iterator[None]:
-    """The average of the weights that a diffusers EMAModel holds in the place of the policy's weights."""
-    parameters = policy.trainable_parameters()
-    ema.store(parameters)
-    ema.copy_to(parameters)
+def kept_random_state() -> Iterator[None]:
+    """Restores the global random states afterwards."""
+    state = get_random_state()
     try:
         yield
     finally:
-        ema.restore(parameters)
+        set_random_state(state)
 
 
 def get_random_state() -> dict[str, Any]:
@@ -168,17 +182,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(tuple(state["numpy"]))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces the file `path` at once: a reader, or a run that is killed here, finds the old one or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    _flush(partial)
-    os.replace(partial, path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _json(state: dict[str, Any]) -> bytes:
+    return (json.dumps(state) + "\n").encode()

@@ -1,43 +1,43 @@
-"""The command line: `python -m pcpo_fast.train [preset] [--setting value ...]`."""
+"""The command line of training: `pcpo train [preset] [--setting value ...]`, or `python -m pcpo_fast.train`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import fcntl
 import os
-import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from pcpo_fast.config import PRESETS, Config, read_config
-from pcpo_fast.policies import find_device, load_policy
-from pcpo_fast.rewards import RewardError
+from pcpo_fast import samplers
+from pcpo_fast.config import Config, read_config
+from pcpo_fast.errors import SettingError
+from pcpo_fast.policies import ModelSource, find_device, find_model
+from pcpo_fast.presets import PRESETS
+from pcpo_fast.prompts import load_prompts
+from pcpo_fast.rewards import Reward, RewardError, RewardSet
+from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.trainer import Trainer
+from pcpo_fast.windows import WindowSchedule
 
 DESCRIPTION = f"""Align a text-to-image diffusion or flow pipeline with policy gradients: PCPO by default; DDPO,
 DanceGRPO or Flow-GRPO with --objective ppo --credit native. The first argument may name a preset
-({", ".join(PRESETS)}; digits if there is none), whose settings are the defaults shown here. --config FILE reads
-settings from a JSON file, such as another run's config.json; it overrides the preset, and the command line overrides
-both."""
+({", ".join(PRESETS)}; digits by default), whose settings are the defaults shown here. --config FILE reads settings from
+a JSON or YAML file, such as another run's config.json; it overrides the preset, and the command line overrides both."""
 
 # settings that a resumed run cannot change
 KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")
-# the file in a run folder that a run holds locked for as long as it lives
-LOCK = ".lock"
+# dynamo recompiles: block kinds x latent shapes x {grad, no grad}, with headroom
+RECOMPILE_LIMIT = 64
 
 
 def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     """The preset's name and the resolved settings of a command line.
 
     Raises:
-        ValueError, FileNotFoundError: for settings that cannot be run.
+        SettingError: for settings that cannot be run.
         SystemExit: after --help, and for flags that do not exist.
     """
     import tyro
@@ -45,48 +45,77 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     rest = list(arguments)
     preset = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
     if preset not in PRESETS:
-        raise ValueError(f"no preset is named {preset!r}; choose one of {', '.join(PRESETS)}, or give none for digits")
+        raise SettingError("preset", f"{preset!r} does not exist; choose one of {', '.join(PRESETS)}, or give none")
     # these decide the defaults of all other settings
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    early_config, rest = early.parse_known_args(rest)
+    file, rest = early.parse_known_args(rest)
     early.add_argument("--output-dir", "--output_dir", type=Path)
     early.add_argument("--resume", action="store_true")
     peeked, _ = early.parse_known_args(rest)
 
     default, saved = PRESETS[preset], {}
     if peeked.resume and peeked.output_dir is not None:
-        saved = _saved_settings(peeked.output_dir)
-        default = dataclasses.replace(default, **saved)
-    if early_config.config is not None:
-        default = dataclasses.replace(default, **read_config(early_config.config))
+        saved = saved_settings(peeked.output_dir)
+        default = default.replace(**saved)
+    if file.config is not None:
+        default = default.replace(**read_config(file.config))
     config = tyro.cli(
-        Config, prog="python -m pcpo_fast.train [preset]", description=DESCRIPTION, args=rest, default=default
+        tyro.conf.OmitArgPrefixes[Config],
+        prog="pcpo train [preset]",
+        description=DESCRIPTION,
+        args=rest,
+        default=default,
     )
     for name in KEPT:
-        given = getattr(config, name)
+        given = config.flat()[name]
         if saved.get(name, given) != given:
-            moved = f"; if that is the same model in another place, write it into {config.output_dir}/config.json"
-            raise ValueError(
-                f"the run in {config.output_dir} has {name} {saved[name]!r}, which its checkpoints depend on, and was "
-                f"to be resumed with {given!r}; leave the setting out, or start another run"
-                + (moved if name == "model" else "")
+            folder = config.run.output_dir
+            moved = f"; if it is the same model in another place, write that into {folder}/config.json"
+            raise SettingError(
+                name,
+                f"{given!r} was given, and the checkpoints in {folder} depend on {saved[name]!r}; leave the setting "
+                "out, or start another run" + (moved if name == "model" else ""),
             )
     return preset, config.resolved()
 
 
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`; none if it was killed before it had begun, and left its lock at most."""
-    if (folder / "config.json").is_file():
-        return read_config(folder / "config.json")
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else None
-    if there == []:
-        return {}
-    found = "there is no such folder" if there is None else f"it has no config.json, but {', '.join(there)}"
-    raise FileNotFoundError(
-        f"--output-dir {folder} holds no run to resume: {found}. Give the folder of a run, or leave --resume out to "
-        "begin one there"
-    )
+def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelSource:
+    """Finds the model, and checks everything that can be checked before its weights are loaded.
+
+    Raises:
+        SettingError: for a setting that cannot be run.
+    """
+    load_prompts(config.data.prompts)
+    RewardSet(config.data.rewards if rewards is None else rewards)
+    RewardSet(config.data.eval_rewards, setting="eval_rewards")
+    source = find_model(config.model)
+    WindowSchedule(config, source.schedule())
+    samplers.build_for_evaluation(config.sampler, source.schedule())
+    return source
+
+
+def make_trainer(
+    config: Config, rewards: Mapping[str, Reward] | None = None, *, source: ModelSource | None = None
+) -> Trainer:
+    """A trainer as the command line makes it, for programs and notebooks: seeds, the model, and the run folder.
+
+    Args:
+        config: the settings, with an output_dir.
+        rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
+        source: the model, if it was found before.
+
+    Raises:
+        SettingError: for a setting that cannot be run.
+    """
+    config = config.resolved()
+    if config.run.output_dir is None:
+        raise SettingError("output_dir", "is not set; give the folder of the run")
+    if source is None:
+        source = check(config, rewards)
+    _set_globals(config)
+    policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
+    return Trainer(config, policy, Path(config.run.output_dir), rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,17 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         try:
             preset, config = parse(sys.argv[1:] if arguments is None else arguments)
-            if find_device(config.device).type == "cuda":
-                _make_deterministic()
-            folder = stack.enter_context(_run_folder(preset, config))
-            config.output_dir = str(folder)
-            # adapters start from these; the loop itself draws from generators of its own
-            random.seed(config.seed)
-            np.random.seed(config.seed % 2**32)
-            torch.manual_seed(config.seed)
-            trainer = Trainer(config, load_policy(config), folder)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            source = check(config)
+            folder = stack.enter_context(run_folder(config.run.output_dir, preset, resume=config.run.resume))
+            trainer = make_trainer(config.replace(output_dir=str(folder)), source=source)
+        except SettingError as error:
+            flag = error.name if error.name == "preset" else "--" + error.name.replace("_", "-")
+            print(f"error: {flag}: {error.reason}", file=sys.stderr)
             return 2
         _announce(trainer)
         try:
@@ -120,50 +144,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
 
 
-def _make_deterministic() -> None:
-    """Asks CUDA's libraries, before they start, for the same bits every time; a step towards them, not a promise."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    # operators that have no deterministic variant warn and run
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # which would cost a pass over every fresh tensor
-    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+def _set_globals(config: Config) -> None:
+    """Sets what is global to the process: seeds, and PyTorch's modes."""
+    from accelerate.utils import set_seed
 
+    # adapters are initialised from this one; the loop draws from its own generators
+    set_seed(config.run.seed % 2**32)
+    if config.model.compile:
+        from torch._dynamo import config as dynamo
 
-@contextlib.contextmanager
-def _run_folder(preset: str, config: Config) -> Iterator[Path]:
-    """The run's folder, locked; one that was made here and in which nothing came to be is removed again."""
-    folder = Path(config.output_dir) if config.output_dir is not None else _make_free_folder(preset)
-    made = config.output_dir is None or not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"--output-dir {folder} is in use by a run that goes on; wait for its end, or give another folder"
-            ) from error
-        if not config.resume and (folder / "config.json").exists():
-            raise ValueError(f"--output-dir {folder} holds a run already; add --resume to continue it, or give another")
-        try:
-            yield folder
-        finally:
-            if made and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
-                folder.rmdir()
-
-
-def _make_free_folder(preset: str) -> Path:
-    """Makes the first of runs/<preset>, runs/<preset>-2, ... that is not there."""
-    number = 1
-    while True:
-        folder = Path("runs") / (preset if number == 1 else f"{preset}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            # perhaps of a run that started just now
-            number += 1
+        dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    if find_device(config.model.device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.model.tf32
+        # the same bits every time, where CUDA's libraries can: read when they start
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        # operators without a deterministic variant warn and run
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # filling would cost a pass over every new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _announce(trainer: Trainer) -> None:
@@ -171,23 +170,24 @@ def _announce(trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in policy.trainable_parameters())
     start = f"from the checkpoint of epoch {trainer.epoch}" if trainer.epoch else "from the beginning"
     print(
-        f"{config.model} on {policy.device}, {config.dtype}, {config.tuning} ({parameters:,} trained parameters), "
-        f"objective {config.objective}, credit {config.credit}, rewards {', '.join(config.rewards)}\n"
-        f"{config.epochs} epochs of {config.samples_per_epoch} images, {start}; run folder {trainer.folder}"
+        f"{config.model.model} on {policy.device}, {config.model.dtype}, {config.model.tuning} ({parameters:,} trained "
+        f"parameters), objective {config.loss.objective}, credit {config.sampler.credit}, rewards "
+        f"{', '.join(trainer.rewards.rewards)}\n"
+        f"{config.run.epochs} epochs of {config.run.samples_per_epoch} images, {start}; run folder {trainer.folder}"
     )
 
 
 def _report(trainer: Trainer) -> None:
-    """A short table of what the run changed."""
+    """Prints what the run changed."""
     from rich.console import Console
     from rich.table import Table
 
     records = [record for record in trainer.metrics.records if "eval/reward" in record]
     before, after = records[0], records[-1]
-    table = Table(title=f"{trainer.config.eval_samples} images with the same seeds, before and after")
+    table = Table(title=f"{trainer.config.run.eval_samples} images with the same seeds, before and after")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    # a resumed run may have been given other rewards
+    # a resumed run may have other rewards
     for key in [key for key in after if key.startswith("eval/") and key in before]:
         values = (record[key] for record in (before, after))
         table.add_row(
@@ -198,7 +198,7 @@ def _report(trainer: Trainer) -> None:
     skipped = sum(trainer.metrics.series("update/skipped_steps")[1])
     not_finite = sum(trainer.metrics.series("reward/not_finite")[1])
     if skipped or not_finite:
-        print(f"left out: {not_finite} images without a finite reward, {skipped} updates without a finite gradient")
+        print(f"excluded: {not_finite} images without a finite reward, {skipped} updates without a finite gradient")
     print(f"{sum(rates) / len(rates):.1f} images per second, sampled, scored and trained on")
     print(f"pictures, curves and weights: {trainer.folder}")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..columns import COLUMNS
+from pcpo_fast.columns import COLUMNS
 
 CHUNK = 16_384
 TILE_CHUNKS_PER_THREAD = 8

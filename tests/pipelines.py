@@ -6,7 +6,7 @@ Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWR
 import json
 import string
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,9 +34,10 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from pcpo_fast.assets.build_digits import build_tokenizer
 from pcpo_fast.config import Config
-from pcpo_fast.policies import load_policy
+from pcpo_fast.digits.models import build_tokenizer
+from pcpo_fast.policies import Policy, load_policy
+from pcpo_fast.rewards import Reward
 from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
@@ -263,11 +264,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def make_trainer(model: Path, folder: Path, **settings) -> Trainer:
-    """A Trainer with SMALL settings and `settings` over them, as the command line makes it."""
-    config = Config(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
-    torch.manual_seed(config.seed)
-    return Trainer(config, load_policy(config), folder)
+def make_trainer(
+    model: Path | str,
+    folder: Path,
+    policy: Policy | None = None,
+    functions: Mapping[str, Reward] | None = None,
+    **settings,
+) -> Trainer:
+    """A Trainer with SMALL settings and `settings` over them, as the command line makes it; or with a given policy, or
+    with functions as its rewards."""
+    config = Config().replace(model=str(model), output_dir=str(folder), **(SMALL | settings)).resolved()
+    torch.manual_seed(config.run.seed)
+    if policy is None:
+        decode_batch, keep_reference = config.run.micro_batch_size, config.loss.kl_weight > 0
+        policy = load_policy(config.model, decode_batch=decode_batch, keep_reference=keep_reference)
+    return Trainer(config, policy, folder, functions)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:
@@ -291,10 +302,10 @@ def records(folder: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in parsed]
 
 
-def at_call(count: int, file: str, act: Callable[[], object], function: str | None = None) -> None:
-    """Calls `act` at the `count`-th call that a file's code makes or takes, or that its `function` does.
+def at_call(count: int, file: str | tuple[str, ...], act: Callable[[], object], function: str | None = None) -> None:
+    """Calls `act` at the `count`-th call that the code of a file makes or takes, or that its `function` does.
 
-    Holds until sys.setprofile(None).
+    `file` is the end of its path, or several. Holds until sys.setprofile(None).
     """
 
     def profile(frame, event, argument):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pcpo_fast.advantages import EPSILON, Advantages
+from pcpo_fast.config import LossSettings
 
 GROUP = 4
 # "cat" is drawn twice, so a prompt may have more than one group
@@ -14,7 +15,9 @@ PROMPTS = [prompt for prompt in ("cat", "dog", "cat") for _ in range(GROUP)]
 
 
 def make(kind, clip=5.0, buffer_size=10, buffer_min=6):
-    return Advantages(kind, clip, buffer_size, buffer_min)
+    return Advantages(
+        LossSettings(advantage=kind, advantage_clip=clip, prompt_buffer_size=buffer_size, prompt_buffer_min=buffer_min)
+    )
 
 
 def draw(epochs, seed=0):

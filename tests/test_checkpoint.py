@@ -12,9 +12,12 @@ import torch
 from pipelines import at_call
 from safetensors.torch import load_file, save_file
 
-from pcpo_fast import checkpoint
-from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state, write_atomically
+from pcpo_fast import checkpoint, files
+from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state
+from pcpo_fast.config import OptimizerSettings
+from pcpo_fast.files import write_atomically
 from pcpo_fast.metrics import Metrics
+from pcpo_fast.optimizer import Optimizer
 
 
 class Policy:
@@ -37,7 +40,7 @@ class Policy:
 
 def make_state(learning_rate=0.1):
     policy = Policy()
-    return policy, torch.optim.AdamW([policy.weight], lr=learning_rate)
+    return policy, Optimizer([policy.weight], OptimizerSettings(learning_rate=learning_rate, max_grad_norm=1e9))
 
 
 def train(policy, optimizer):
@@ -77,8 +80,8 @@ def test_a_resumed_state_continues_bit_for_bit(tmp_path):
     for _ in range(3):
         train(resumed, resumed_optimizer)
     assert torch.equal(resumed.weight, policy.weight)
-    for name, value in optimizer.state_dict()["state"][0].items():
-        assert torch.equal(value, resumed_optimizer.state_dict()["state"][0][name])
+    for name, value in optimizer.adamw.state_dict()["state"][0].items():
+        assert torch.equal(value, resumed_optimizer.adamw.state_dict()["state"][0][name])
 
 
 def test_all_tensors_are_safetensors_and_the_rest_is_json(tmp_path):
@@ -98,8 +101,8 @@ def test_a_resumed_run_may_have_another_learning_rate(tmp_path):
     path = save(checkpoints, 1, policy, optimizer)
     resumed, resumed_optimizer = make_state(learning_rate=0.01)
     checkpoints.load(path, resumed, resumed_optimizer)
-    assert resumed_optimizer.param_groups[0]["lr"] == 0.01
-    assert resumed_optimizer.state[resumed.weight]["step"] == 1
+    assert resumed_optimizer.adamw.param_groups[0]["lr"] == 0.01
+    assert resumed_optimizer.adamw.state[resumed.weight]["step"] == 1
 
 
 def test_random_states_survive_a_round_trip():
@@ -146,7 +149,7 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
         checkpoints = Checkpoints(folder, keep=1)
         save(checkpoints, 1, *before)
         try:
-            at_call(count, checkpoint.__file__, die)
+            at_call(count, (checkpoint.__file__, files.__file__), die)
             save(checkpoints, 2, *after)
             break
         except Death:
@@ -174,7 +177,7 @@ def full(path):
 def test_what_could_not_be_saved_may_be_saved_later(tmp_path, monkeypatch):
     checkpoints, (policy, optimizer) = Checkpoints(tmp_path, keep=1), make_state()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(checkpoint, "_flush", full)
+        patch.setattr(checkpoint, "flush", full)
         save(checkpoints, 1, policy, optimizer)
     assert checkpoints.latest() is None
     assert save(checkpoints, 1, policy, optimizer) == checkpoints.latest()
@@ -185,7 +188,7 @@ def test_a_file_is_replaced_at_once(tmp_path):
     for count in itertools.count(1):
         path.write_bytes(b"old")
         try:
-            at_call(count, checkpoint.__file__, die)
+            at_call(count, files.__file__, die)
             write_atomically(path, b"new")
             break
         except Death:
@@ -204,7 +207,7 @@ def test_a_metrics_file_that_was_cut_off_is_repaired(tmp_path, cut):
     metrics.close()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
-    resumed = Metrics(tmp_path, resume_epoch=3)
+    resumed = Metrics(tmp_path, kept=4)
     assert [record["epoch"] for record in resumed.records] == [0, 1, 2]
     resumed.write({"epoch": 3, "reward/mean": 1.0})
     resumed.close()
@@ -217,7 +220,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     for epoch in range(4):
         metrics.write({"epoch": epoch})
     metrics.close()
-    resumed = Metrics(tmp_path, resume_epoch=2)
+    resumed = Metrics(tmp_path, kept=3)
     resumed.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n'
     fresh = Metrics(tmp_path)
@@ -232,3 +235,32 @@ def test_metrics_are_strict_json(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == (
         '{"epoch": 1, "loss": null, "norm": null, "per_step": [0.5, null, null]}\n'
     )
+
+
+def test_saving_an_epoch_again_replaces_its_state_alone(tmp_path):
+    """An evaluation that failed at first may be made later: the weights are the same, what is noted of it is not."""
+    checkpoints, (policy, optimizer) = Checkpoints(tmp_path, keep=2), make_state()
+    train(policy, optimizer)
+    path = checkpoints.save(1, policy, optimizer, {"evaluated": 0}, get_random_state())
+    files_before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    for count in itertools.count(1):
+        (path / "state.json.partial").unlink(missing_ok=True)
+        try:
+            at_call(count, files.__file__, die)
+            assert checkpoints.save(1, policy, optimizer, {"evaluated": 1}, get_random_state()) == path
+            break
+        except Death:
+            assert json.loads((path / "state.json").read_text())["evaluated"] in (0, 1)
+        finally:
+            sys.setprofile(None)
+    state = Checkpoints(tmp_path, keep=2).load(path, *make_state())
+    assert (state["epoch"], state["evaluated"]) == (1, 1)
+    changed = [file.name for file, time in files_before.items() if file.stat().st_mtime_ns != time]
+    assert changed == ["state.json"]
+
+
+def test_an_unfinished_state_file_is_removed(tmp_path):
+    path = save(Checkpoints(tmp_path, keep=2), 1, *make_state())
+    (path / "state.json.partial").write_text('{"ep')
+    assert Checkpoints(tmp_path, keep=2).latest() == path
+    assert not list(tmp_path.rglob("*.partial"))

@@ -7,8 +7,10 @@ pytest.importorskip("diffusers")
 
 from pipelines import FAMILIES, make_trainer, records
 
+from pcpo_fast import samplers
+from pcpo_fast import trainer as trainer_module
+from pcpo_fast.config import SamplerSettings
 from pcpo_fast.rollout import RolloutEngine
-from pcpo_fast.trainer import Signals
 
 pytest_plugins = "pipelines"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
@@ -27,6 +29,11 @@ def run(engine, policy, table, prompt, **settings):
     return engine(table, policy.encode(DISTINCT), torch.tensor(prompt, device="cuda"), **settings)
 
 
+def make_table(policy, **settings):
+    """A sampler of four steps, all of them stochastic or those of a window."""
+    return samplers.build(SamplerSettings(num_inference_steps=4), policy.schedule(), **settings).to("cuda")
+
+
 def assert_same(a, b):
     assert torch.equal(a.states, b.states) and torch.equal(a.model_outputs, b.model_outputs)
 
@@ -34,48 +41,49 @@ def assert_same(a, b):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replays_are_the_eager_steps(models, tmp_path, family, dtype):
     """Bit for bit, also after a LoRA weight, the prompts, the seed, the indices and the table have changed in place."""
-    trainer = make_trainer(models[family], tmp_path, dtype=dtype, **SETTINGS)
-    policy = trainer.policy
+    policy = make_trainer(models[family], tmp_path, dtype=dtype, **SETTINGS).policy
     graphs, eager = RolloutEngine(policy, 4), RolloutEngine(policy, 4, graphs=False)
     assert graphs.graphs
-    window = policy.make_table(trainer.config, window=(1, 2)).to("cuda")
-    first = run(graphs, policy, trainer.table, [0, 1, 2, 0, 1, 2])
-    assert_same(first, run(eager, policy, trainer.table, [0, 1, 2, 0, 1, 2]))
+    table, window = make_table(policy), make_table(policy, window=(1, 2))
+    first = run(graphs, policy, table, [0, 1, 2, 0, 1, 2])
+    assert_same(first, run(eager, policy, table, [0, 1, 2, 0, 1, 2]))
     weights = dict(policy.denoiser.named_parameters())
     weight = next(weight for name, weight in weights.items() if "lora_B" in name)
     for change in range(1, 4):
         with torch.no_grad():
             weight.add_(0.1 * change)
         settings = {"seed": change, "first_index": 100 * change}
-        table = window if change == 2 else trainer.table
-        replayed, stepped = (run(engine, policy, table, [2, 1, 0, 0, 2], **settings) for engine in (graphs, eager))
+        used = window if change == 2 else table
+        replayed, stepped = (run(engine, policy, used, [2, 1, 0, 0, 2], **settings) for engine in (graphs, eager))
         assert_same(replayed, stepped)
         assert not torch.equal(replayed.latents[:4], first.latents[:4])
     # without a record the same latents, from a graph of its own
-    bare = run(graphs, policy, trainer.table, [0, 1, 2, 0, 1], record=False)
-    assert torch.equal(bare.latents, run(eager, policy, trainer.table, [0, 1, 2, 0, 1]).latents)
+    bare = run(graphs, policy, table, [0, 1, 2, 0, 1], record=False)
+    assert torch.equal(bare.latents, run(eager, policy, table, [0, 1, 2, 0, 1]).latents)
 
 
 def test_what_a_replay_would_not_see_is_captured_anew(models, tmp_path):
-    policy = (trainer := make_trainer(models["sd35"], tmp_path, **SETTINGS)).policy
+    policy = make_trainer(models["sd35"], tmp_path, **SETTINGS).policy
+    table = make_table(policy)
     with torch.no_grad():
         for weight in policy.trainable_parameters():
             weight.normal_()
     graphs, eager = RolloutEngine(policy, 4), RolloutEngine(policy, 4, graphs=False)
-    before = run(graphs, policy, trainer.table, [0, 1, 2, 0])
+    before = run(graphs, policy, table, [0, 1, 2, 0])
     policy.denoiser.disable_adapters()
-    after = run(graphs, policy, trainer.table, [0, 1, 2, 0])
-    assert_same(after, run(eager, policy, trainer.table, [0, 1, 2, 0]))
+    after = run(graphs, policy, table, [0, 1, 2, 0])
+    assert_same(after, run(eager, policy, table, [0, 1, 2, 0]))
     policy.denoiser.enable_adapters()
     assert not torch.equal(after.latents, before.latents)
-    assert_same(run(graphs, policy, trainer.table, [0, 1, 2, 0]), before)
+    assert_same(run(graphs, policy, table, [0, 1, 2, 0]), before)
 
 
 def test_memory_is_flat_over_rollouts(models, tmp_path):
     policy = (trainer := make_trainer(models["sd15"], tmp_path, **SETTINGS)).policy
+    table = make_table(policy)
     engine, held = RolloutEngine(policy, 4), []
     for seed in range(52):
-        run(engine, policy, trainer.table, [0, 1, 2, 0, 1], seed=seed)
+        run(engine, policy, table, [0, 1, 2, 0, 1], seed=seed)
         run(engine, policy, trainer.eval_table, [0, 1, 2, 0, 1], seed=seed, record=False)
         held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert len(set(held[2:])) == 1
@@ -84,7 +92,7 @@ def test_memory_is_flat_over_rollouts(models, tmp_path):
 def test_an_update_waits_for_nothing(models, tmp_path, monkeypatch, dtype):
     """From its first micro-batch to where what was measured is read."""
     trainer = make_trainer(models["sd15"], tmp_path, dtype=dtype, ema_decay=0.9, **SETTINGS)
-    trainer.run_epoch(Signals())
+    trainer.update(trainer.collect())
 
     def in_mode(mode, call):
         def called(*inputs):
@@ -94,9 +102,9 @@ def test_an_update_waits_for_nothing(models, tmp_path, monkeypatch, dtype):
         return called
 
     monkeypatch.setattr(trainer, "loss", in_mode("error", trainer.loss))
-    monkeypatch.setattr(trainer, "_summary", in_mode("default", trainer._summary))
+    monkeypatch.setattr(trainer_module, "update_summary", in_mode("default", trainer_module.update_summary))
     try:
-        record = trainer.run_epoch(Signals())
+        record = trainer.update(trainer.collect())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert record["update/grad_norm"] > 0 == record["update/skipped_steps"]
@@ -114,13 +122,13 @@ def test_every_family_trains_with_a_first_ratio_of_one(models, tmp_path, family,
 
 def test_a_gradient_that_is_not_finite_leaves_weights_and_moments(models, tmp_path):
     trainer = make_trainer(models["sd15"], tmp_path, **SETTINGS)
-    trainer.run_epoch(Signals())
+    trainer.update(trainer.collect())
     parameters = trainer.policy.trainable_parameters()
-    state = [tensor.clone() for values in trainer.optimizer.state.values() for tensor in values.values()]
+    state = [tensor.clone() for values in trainer.optimizer.adamw.state.values() for tensor in values.values()]
     before = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, float("nan"))
-    assert not trainer._optimizer_step().isfinite()
-    after = [tensor for values in trainer.optimizer.state.values() for tensor in values.values()]
+    assert not trainer.optimizer.step().isfinite()
+    after = [tensor for values in trainer.optimizer.adamw.state.values() for tensor in values.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))

@@ -16,7 +16,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pcpo_fast import StepTable, ddim_table, flow_table, sample_noise, sampler_step, shifted_sigmas
+from pcpo_fast import NoiseKey, StepTable, sample_noise, sampler_step, shifted_sigmas
 
 SEED = 20
 SHAPE = (10, 1000)
@@ -64,7 +64,7 @@ class Case:
 
 def flow_case(num_steps: int, shift: float = 1.0, **kwargs) -> Case:
     sigmas = shifted_sigmas(num_steps, shift)
-    return Case(flow_table(sigmas, **kwargs), 1 - sigmas, sigmas, "velocity")
+    return Case(StepTable.flow(sigmas, **kwargs), 1 - sigmas, sigmas, "velocity")
 
 
 def ddim_case(num_steps: int, predicts: str = "epsilon", **kwargs) -> Case:
@@ -73,8 +73,24 @@ def ddim_case(num_steps: int, predicts: str = "epsilon", **kwargs) -> Case:
     alphas = sd_alphas()
     along = torch.cat([alphas[steps], alphas[:1]])
     kind = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}[predicts]
-    table = ddim_table(alphas, steps, prediction_type=kind, **kwargs)
+    table = StepTable.ddim(alphas, steps, prediction_type=kind, **kwargs)
     return Case(table, along.sqrt(), (1 - along).sqrt(), predicts)
+
+
+def no_signal_case(num_steps: int, predicts: str, **kwargs) -> Case:
+    """Zero terminal SNR: the first step starts from noise alone."""
+    alphas = torch.cat([sd_alphas(), torch.zeros(1, dtype=torch.float64)])
+    steps = torch.arange(num_steps, 0, -1) * (1000 // num_steps)
+    along = torch.cat([alphas[steps], alphas[:1]])
+    kind = {"v": "v_prediction", "sample": "sample"}[predicts]
+    table = StepTable.ddim(alphas, steps, prediction_type=kind, **kwargs)
+    return Case(table, along.sqrt(), (1 - along).sqrt(), predicts)
+
+
+def part_case(first: float, last: float, num_steps: int, **kwargs) -> Case:
+    """A part of a flow's schedule."""
+    sigmas = torch.linspace(first, last, num_steps + 1, dtype=torch.float64)
+    return Case(StepTable.flow(sigmas, **kwargs), 1 - sigmas, sigmas, "velocity")
 
 
 def fine_ddim_case(num_steps: int, **kwargs) -> Case:
@@ -83,16 +99,20 @@ def fine_ddim_case(num_steps: int, **kwargs) -> Case:
     alphas = torch.cos((0.02 + 0.93 * torch.arange(size + 1, dtype=torch.float64) / size) * math.pi / 2) ** 2
     steps = size - torch.arange(num_steps) * (size // num_steps)
     along = torch.cat([alphas[steps], alphas[:1]])
-    return Case(ddim_table(alphas, steps, **kwargs), along.sqrt(), (1 - along).sqrt(), "epsilon")
+    return Case(StepTable.ddim(alphas, steps, **kwargs), along.sqrt(), (1 - along).sqrt(), "epsilon")
+
+
+def key(seed: int) -> NoiseKey:
+    return NoiseKey(seed, torch.arange(SHAPE[0]))
 
 
 def sample(case: Case, mean: float, variance: float, seed: int = SEED):
     """Runs the sampler from its first marginal and yields every step's x'."""
     centre, spread = case.marginal(0, mean, variance)
-    x = centre + math.sqrt(spread) * sample_noise(SHAPE, case.table, 0, seed=seed, stream=1)
+    x = centre + math.sqrt(spread) * sample_noise(SHAPE, case.table, 0, key(seed), stream=1)
     for k in range(len(case.table)):
         slope, offset = case.output(k, mean, variance)
-        x = sampler_step(slope * x + offset, x, case.table, k, seed=seed).prev_sample
+        x = sampler_step(slope * x + offset, x, case.table, k, key(seed)).prev_sample
         yield x
 
 
@@ -122,13 +142,19 @@ POINT_MASS = {
     "ddim, eta 0": lambda T: ddim_case(T, eta=0.0),
     "ddim, v": lambda T: ddim_case(T, "v"),
     "ddim, sample": lambda T: ddim_case(T, "sample"),
-    "ddim, variance": lambda T: ddim_case(T, credit="variance"),
     "ddim, proportionate": lambda T: ddim_case(T, credit="proportionate"),
     "ddim, published": lambda T: ddim_case(T, credit="published"),
     "ddim, window": lambda T: ddim_case(T, credit="proportionate", window=(1, T - 1)),
+    "ddim, no signal, v": lambda T: no_signal_case(T, "v"),
+    "ddim, no signal, sample, proportionate": lambda T: no_signal_case(T, "sample", credit="proportionate"),
+    "cps, 0.7 to 0.2": lambda T: part_case(0.7, 0.2, T, sde="cps"),
+    "cps, from nearly 1": lambda T: part_case(0.999999, 0.0, T, sde="cps"),
     "cps, 0.3": lambda T: flow_case(T, sde="cps", noise_level=0.3),
     "cps, 0.8, shift 3": lambda T: flow_case(T, 3.0, sde="cps", noise_level=0.8),
     "cps, 1": lambda T: flow_case(T, sde="cps", noise_level=1.0),
+    "cps, 1.6": lambda T: flow_case(T, sde="cps", noise_level=1.6),
+    "cps, a level per step": lambda T: flow_case(T, sde="cps", noise_level=torch.linspace(0.2, 1.0, T)),
+    "cps, steps": lambda T: flow_case(T, sde="cps", steps=range(0, T, 2)),
     "cps, window": lambda T: flow_case(T, sde="cps", noise_level=0.8, window=(1, T - 1)),
     "ode of a flow": lambda T: flow_case(T, 3.0, noise_level=0.0),
 }
@@ -145,7 +171,7 @@ def test_a_point_mass_is_sampled_exactly_at_any_number_of_steps(sampler, num_ste
         check_marginal(x, *case.marginal(k + 1, POINT, 0.0))
 
 
-@pytest.mark.parametrize("sampler", ["ddim, variance", "ddim, published"])
+@pytest.mark.parametrize("sampler", ["ddim, proportionate", "ddim, published"])
 def test_the_resolved_samplers_are_other_samplers(sampler):
     assert not torch.allclose(POINT_MASS[sampler](10).table.std, ddim_case(10).table.std, rtol=1e-2)
 
@@ -163,6 +189,7 @@ GAUSSIAN = {
     "flow": lambda T: flow_case(T, 3.0, sde="flow", noise_level=0.7),
     "flow, proportionate": lambda T: flow_case(T, 3.0, sde="flow", noise_level=0.7, credit="proportionate"),
     "dance": lambda T: flow_case(T, 3.0, sde="dance", noise_level=0.3),
+    "dance, noise at the end": lambda T: flow_case(T, 3.0, sde="dance", noise_level=0.3, last_step="noise"),
     "dance, no shift": lambda T: flow_case(T, sde="dance", noise_level=0.3),
     "ode of a flow": lambda T: flow_case(T, 3.0, noise_level=0.0),
     "ddim": lambda T: fine_ddim_case(T),
@@ -248,9 +275,9 @@ def test_a_window_is_the_ode_outside_and_the_sampler_inside(family):
     for k in range(1, 10):
         slope, offset = case.output(k, MEAN, VARIANCE)
         table = (full if 3 <= k < 6 else ode).table
-        x = sampler_step(slope * states[k] + offset, states[k], table, k, seed=SEED).prev_sample
+        x = sampler_step(slope * states[k] + offset, states[k], table, k, key(SEED)).prev_sample
         assert torch.equal(x, states[k + 1])
-        drawn_anew = sampler_step(slope * states[k] + offset, states[k], case.table, k, seed=SEED + 1).prev_sample
+        drawn_anew = sampler_step(slope * states[k] + offset, states[k], case.table, k, key(SEED + 1)).prev_sample
         assert torch.equal(drawn_anew, x) == (not 3 <= k < 6)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import shutil
 from types import SimpleNamespace
@@ -8,26 +9,37 @@ from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from safetensors.torch import load_file
 
-from pcpo_fast.config import PRESETS, Config
-from pcpo_fast.policies import (
-    FluxPolicy,
-    StableDiffusion3Policy,
-    StableDiffusionPolicy,
-    StableDiffusionXLPolicy,
-    load_policy,
-)
+from pcpo_fast import samplers
+from pcpo_fast.config import ModelSettings, SamplerSettings
+from pcpo_fast.errors import SettingError
+from pcpo_fast.policies import Conditioning, find_family, find_model, load_policy
+from pcpo_fast.presets import PRESETS
 
 pytest_plugins = "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = 3
-CPU = torch.device("cpu")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def make_policy(model, **settings):
+def make_settings(model, **settings):
+    return ModelSettings(**{"model": str(model), "resolution": 64, "max_sequence_length": None} | settings)
+
+
+def make_policy(model, *, decode_batch=2, keep_reference=False, **settings):
     torch.manual_seed(0)
-    return load_policy(Config(**{"model": str(model), "resolution": 64, "max_sequence_length": None} | settings))
+    return load_policy(make_settings(model, **settings), decode_batch=decode_batch, keep_reference=keep_reference)
+
+
+def wrap(pipeline, **settings):
+    """The policy of a pipeline that is in memory."""
+    settings = ModelSettings(**{"resolution": 64, "device": "cpu"} | settings)
+    return find_family(type(pipeline).__name__)(pipeline, settings, decode_batch=2, keep_reference=False)
+
+
+def refused(name, message):
+    """A SettingError of the setting `name`, whose reason matches."""
+    return pytest.raises(SettingError, match=f"^{name}: .*{message}")
 
 
 def train_a_little(policy):
@@ -41,14 +53,14 @@ def train_a_little(policy):
 
 def inputs(policy):
     sample = torch.randn(ROWS, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
-    timesteps = policy.make_table(Config(num_inference_steps=4)).timesteps
+    timesteps = samplers.build(SamplerSettings(num_inference_steps=4), policy.schedule()).timesteps
     return sample, timesteps[[0, 1, 3]], policy.encode(["cat", "dog", "horse"])
 
 
 @torch.no_grad()
 def denoise(denoiser, policy):
     """The output of that denoiser without guidance, by the policy's own code."""
-    return policy._denoise(denoiser, *inputs(policy))
+    return policy.denoise(denoiser, *inputs(policy))
 
 
 def denoiser_of(pipeline, policy):
@@ -64,8 +76,8 @@ def test_guidance_combines_two_outputs(models, family):
     encode = {"prompt": "", "device": "cpu", "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     more = {"prompt_2": "", "prompt_3": ""} if family == "sd35" else {}
     negatives = policy.pipeline.encode_prompt(**encode, **more)[1::2]
-    empty = type(conditioning)(*(tensor.expand(ROWS, *tensor.shape[1:]) for tensor in negatives))
-    uncond, cond = (policy._denoise(policy.denoiser, sample, timestep, c) for c in (empty, conditioning))
+    empty = Conditioning(**dict(zip(conditioning.tensors(), negatives, strict=True))).expand(ROWS)
+    uncond, cond = (policy.denoise(policy.denoiser, sample, timestep, c) for c in (empty, conditioning))
     guided = policy.predict(sample, timestep, conditioning)
     # a denoiser may sum in another order for another batch
     torch.testing.assert_close(guided, uncond + 3.5 * (cond - uncond), rtol=1e-4, atol=1e-5)
@@ -85,9 +97,9 @@ def test_flux_is_told_its_guidance(models):
 
 def test_guidance_for_a_flux_model_without_is_refused():
     pipeline = flux(guidance_embeds=False)
-    with pytest.raises(ValueError, match=r"--guidance-scale 5.0 has no meaning .* use --guidance-scale 1"):
-        FluxPolicy(pipeline, Config(resolution=64), CPU)
-    policy = FluxPolicy(pipeline, Config(resolution=64, guidance_scale=1.0), CPU)
+    with refused("guidance_scale", "5.0 has no meaning .* use 1"):
+        wrap(pipeline)
+    policy = wrap(pipeline, guidance_scale=1.0)
     assert policy.predict(*inputs(policy)).isfinite().all()
 
 
@@ -142,9 +154,10 @@ def test_prompts_are_encoded_once_and_the_encoders_can_go(models, family, monkey
     assert calls == ["cat", "dog", "horse"]
     assert all(getattr(policy.pipeline, name) is None for name in ("text_encoder", *policy._text_encoder_names()))
     after = policy.encode(["cat", "dog", "cat"])
-    assert all(torch.equal(a, b) for a, b in zip(before.tensors(), after.tensors(), strict=True))
+    assert before.tensors().keys() == after.tensors().keys()
+    assert all(torch.equal(tensor, after.tensors()[name]) for name, tensor in before.tensors().items())
     assert calls == ["cat", "dog", "horse"]
-    with pytest.raises(ValueError, match=r"'a bear' was not encoded before; .* --no-release-text-encoders"):
+    with refused("release_text_encoders", "'a bear' was not encoded before; .* keep the encoders"):
         policy.encode(["a bear"])
 
 
@@ -157,7 +170,9 @@ def test_sd3_with_and_without_its_third_encoder(tmp_path):
     assert torch.equal(whole.pooled, without.pooled)
     assert without.embeddings[:, 16:].abs().max() == 0 < whole.embeddings[:, 16:].abs().max()
     assert (policies[0].predict(*inputs(policies[0])) - policies[1].predict(*inputs(policies[1]))).abs().max() > 1e-4
-    with pytest.raises(ValueError, match="--no-t5 leaves out the third text encoder of SD3, and 'digits' is a"):
+    with refused(
+        "t5", r"digits \(StableDiffusionPolicy\) has no T5 encoder that can be left out; leave this setting out"
+    ):
         make_policy("digits", t5=False, resolution=None)
 
 
@@ -166,14 +181,20 @@ def test_sd3_with_and_without_its_third_encoder(tmp_path):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_reference_is_the_model_before_training(models, family, tuning, dtype):
-    policy = make_policy(models[family], tuning=tuning, dtype=dtype, kl_weight=0.1)
+    policy = make_policy(models[family], tuning=tuning, dtype=dtype, keep_reference=True)
     before = policy.predict(*inputs(policy))
-    assert torch.equal(policy.reference(*inputs(policy)), before)
+    assert torch.equal(policy.predict_reference(*inputs(policy)), before)
     count = len(policy.trainable_parameters())
     train_a_little(policy)
-    assert torch.equal(policy.reference(*inputs(policy)), before)
+    assert torch.equal(policy.predict_reference(*inputs(policy)), before)
     assert not torch.equal(policy.predict(*inputs(policy)), before)
     assert len(policy.trainable_parameters()) == count
+
+
+def test_full_tuning_has_a_reference_only_if_asked_for(model):
+    policy = make_policy(model, tuning="full")
+    with pytest.raises(ValueError, match="there is no reference model; make the policy with keep_reference=True"):
+        policy.predict_reference(*inputs(policy))
 
 
 @each_family
@@ -189,7 +210,7 @@ def test_encode_does_not_depend_on_the_batch(models, family):
             expected = policy.pipeline.encode_prompt(**encode, **more, do_classifier_free_guidance=False)[::2]
     encoded = policy.encode(prompts)
     assert len(encoded) == 3 and len(encoded.tensors()) == len(expected)
-    for ours, theirs in zip(encoded.tensors(), expected, strict=True):
+    for ours, theirs in zip(encoded.tensors().values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert torch.equal(ours[0], ours[2])
         assert (ours[0] - ours[1]).abs().max() > 1e-2
@@ -197,7 +218,7 @@ def test_encode_does_not_depend_on_the_batch(models, family):
 
 @each_family
 def test_decode_does_not_depend_on_the_batch(models, family):
-    one, all_ = (make_policy(models[family], micro_batch_size=size) for size in (1, 5))
+    one, all_ = (make_policy(models[family], decode_batch=size) for size in (1, 5))
     latents = torch.randn(5, *one.latent_shape, generator=torch.Generator().manual_seed(2))
     images = one.decode(latents)
     torch.testing.assert_close(images, all_.decode(latents), rtol=0, atol=1e-5)
@@ -253,70 +274,104 @@ def test_weights_come_back_bit_for_bit(models, family, tmp_path, tuning, dtype):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_rank": 2}, "does not fit this model and --lora-rank"),
-        ({"lora_target_modules": ("to_q",)}, "has layers that this model's adapter has not"),
+        ({"lora_rank": 2}, "does not fit this model with rank 2"),
+        ({"lora_target_modules": ("to_q",)}, "has layers that this model's adapter lacks"),
     ],
 )
 def test_another_adapter_is_refused(model, tmp_path, settings, message):
     make_policy(model).save(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    (name,) = settings
+    with refused(name, message):
         make_policy(model, **settings).load(tmp_path)
 
 
 def test_a_denoiser_of_another_build_is_refused(model, tmp_path):
     make_policy(model, tuning="full").save(tmp_path)
-    with pytest.raises(ValueError, match="is not built as this model's; resume with the run's own --model"):
+    with refused("model", "is not built as this model's; resume with the run's own model"):
         make_policy("digits", tuning="full", resolution=None).load(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("name", "value", "message"),
     [
-        ({"device": "gpu"}, "--device gpu is not supported; choose auto, cpu, cuda or cuda:N"),
-        ({"device": "mps"}, "--device mps is not supported"),
-        ({"device": "cuda:99"}, "--device cuda:99 is not there: this machine shows .* use --device auto or cpu"),
-        ({"attention": "xformers", "device": "cpu"}, "needs the package xformers, .* or use --attention sdpa"),
-        ({"resolution": 60}, "--resolution 60 is not a multiple of 8"),
-        ({"lora_target_modules": ("to_nothing",)}, "--lora-target-modules to_nothing names no layer"),
+        ("device", "gpu", "gpu is not supported; choose auto, cpu, cuda or cuda:N"),
+        ("device", "mps", "mps is not supported"),
+        ("device", "cuda:99", "cuda:99 is not there: this machine shows .* use auto or cpu"),
+        ("attention", "xformers", "needs the package xformers, .* or use sdpa"),
+        ("resolution", 60, "60 is not a multiple of 8"),
     ],
 )
-def test_what_this_machine_or_model_cannot_do_is_refused(model, monkeypatch, settings, message):
+def test_what_this_machine_or_model_cannot_do_is_refused_before_anything_is_loaded(
+    model, monkeypatch, name, value, message
+):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "xformers" else find_spec(name, *a)
     )
-    with pytest.raises(ValueError, match=message):
-        make_policy(model, **settings)
+    with refused(name, message):
+        find_model(make_settings(model, **{"device": "cpu", name: value}))
+
+
+def test_layers_that_are_not_there_are_refused(model):
+    with refused("lora_target_modules", "to_nothing names no layer of UNet2DConditionModel; .* such as to_q"):
+        make_policy(model, lora_target_modules=("to_nothing",))
 
 
 def test_xformers_without_a_gpu_is_refused(model, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(
-        ValueError, match="--attention xformers runs on a GPU and the device is cpu; use --attention sdpa"
-    ):
-        make_policy(model, attention="xformers", device="cpu")
+    with refused("attention", "xformers runs on a GPU and the device is cpu; use sdpa"):
+        find_model(make_settings(model, attention="xformers", device="cpu"))
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere/at/all", "/nowhere"])
 def test_a_missing_folder_is_refused(name):
-    with pytest.raises(FileNotFoundError) as error:
-        make_policy(name)
-    assert f"--model {name!r} is no diffusers pipeline: there is no {name}/model_index.json" in str(error.value)
-    assert "a hub name (owner/name), or digits or digits-flow" in str(error.value)
+    with pytest.raises(SettingError) as error:
+        find_model(make_settings(name))
+    assert error.value.name == "model"
+    assert error.value.reason.startswith(f"{name!r} is not a diffusers pipeline: {name}/model_index.json not found; ")
+    assert error.value.reason.endswith("a hub name (owner/name), or digits or digits-flow")
 
 
-@pytest.mark.parametrize(
-    ("build", "policy"),
-    [
-        (stable_diffusion, StableDiffusionPolicy),
-        (stable_diffusion_xl, StableDiffusionXLPolicy),
-        (stable_diffusion_3, StableDiffusion3Policy),
-        (flux, FluxPolicy),
-    ],
-)
-def test_a_policy_needs_no_folder(build, policy):
+def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with refused("model", "owner/not-there-at-all/model_index.json could not be read from the hub: "):
+        find_model(make_settings("owner/not-there-at-all"))
+
+
+def test_an_incomplete_folder_is_refused(model, tmp_path):
+    shutil.copytree(model, tmp_path / "cut")
+    (tmp_path / "cut" / "vae" / "config.json").write_text("{")
+    with refused("model", r"cut/vae/config.json could not be read: "):
+        find_model(make_settings(tmp_path / "cut"))
+
+
+@each_family
+def test_a_model_is_found_without_its_weights(models, family, tmp_path):
+    """And has the schedule of the policy that is loaded from it."""
+    shutil.copytree(models[family], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    source = find_model(make_settings(tmp_path / "bare"))
+    settings, policy = SamplerSettings(num_inference_steps=7), make_policy(models[family])
+    assert source.kind == type(policy.pipeline).__name__ and source.policy_class is type(policy)
+    found, loaded = (samplers.build(settings, model.schedule()) for model in (source, policy))
+    assert torch.equal(found.rows, loaded.rows) and torch.equal(found.timesteps, loaded.timesteps)
+    assert source.schedule()[1:] == policy.schedule()[1:]
+
+
+@each_family
+def test_loading_changes_nothing_global(models, family):
+    def globals_():
+        backends = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return *backends, torch._dynamo.config.recompile_limit, torch.is_grad_enabled(), torch.get_default_dtype()
+
+    before = globals_()
+    make_policy(models[family], compile=True, tf32=not before[0])
+    assert globals_() == before
+
+
+@pytest.mark.parametrize("build", [stable_diffusion, stable_diffusion_xl, stable_diffusion_3, flux])
+def test_a_policy_needs_no_folder(build):
     """A pipeline that is in memory already can be aligned too."""
-    policy = policy(build(), Config(resolution=64, guidance_scale=3.0), CPU)
+    policy = wrap(build(), guidance_scale=3.0)
     assert policy.predict(*inputs(policy)).requires_grad
 
 
@@ -324,15 +379,15 @@ def test_another_pipeline_is_refused(model, tmp_path):
     shutil.copytree(model, tmp_path / "other")
     index = tmp_path / "other" / "model_index.json"
     index.write_text(index.read_text().replace('"StableDiffusionPipeline"', '"PixArtAlphaPipeline"'))
-    with pytest.raises(ValueError, match="is a PixArtAlphaPipeline, which no policy can run; give a StableDiffusion"):
-        make_policy(tmp_path / "other")
+    with refused("model", "is a PixArtAlphaPipeline, for which there is no policy; give a StableDiffusion"):
+        find_model(make_settings(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd35", "flux"])
 def test_resolutions_that_do_not_divide_are_refused(models, family):
     multiple = {"sdxl": 8, "sd35": 16, "flux": 16}[family]
-    with pytest.raises(ValueError, match=f"--resolution 60 is not a multiple of {multiple}"):
-        make_policy(models[family], resolution=60)
+    with refused("resolution", f"60 is not a multiple of {multiple}"):
+        find_model(make_settings(models[family], resolution=60))
 
 
 def test_sdxl_is_told_its_size(models):
@@ -343,43 +398,33 @@ def test_sdxl_is_told_its_size(models):
         seen.append(added_cond_kwargs["time_ids"])
         return SimpleNamespace(sample=arguments[0])
 
-    policy._denoise(denoiser, *inputs(policy))
+    policy.denoise(denoiser, *inputs(policy))
     expected = policy.pipeline._get_add_time_ids((96, 96), (0, 0), (96, 96), torch.float32, 16)
     assert torch.equal(seen[0], expected.expand(ROWS, -1))
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sampler": "dance"}, "--sampler dance is one of flow models and .* is a diffusion model"),
-        ({"noise_level": 0.3}, "--noise-level is a setting of flow models .*; leave it out; DDIM takes --eta"),
-        ({"shift": 3.0}, "--shift is a setting of flow models"),
-        ({"normalized_log_prob": False}, "--no-normalized-log-prob is a setting of flow models"),
-    ],
-)
-def test_settings_of_flow_models_are_refused_elsewhere(models, family, settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_policy(models[family]).make_table(Config(**settings))
+@pytest.mark.parametrize(("name", "value"), [("sampler", "dance"), ("noise_level", 0.3), ("shift", 3.0)])
+def test_settings_of_flow_models_are_refused_elsewhere(models, family, name, value):
+    source = find_model(make_settings(models[family]))
+    with refused(name, ""):
+        samplers.build(SamplerSettings(**{name: value}), source.schedule())
 
 
 @pytest.mark.parametrize("family", ["sd35", "flux"])
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"sampler": "ddim"}, "--sampler ddim is not one for .*; choose flow, dance, cps"),
-        ({"eta": 1.0}, "--eta is DDIM's; the samplers of flow models take --noise-level"),
-    ],
-)
-def test_settings_of_diffusion_models_are_refused_elsewhere(models, family, settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_policy(models[family]).make_table(Config(**settings))
+@pytest.mark.parametrize(("name", "value"), [("sampler", "ddim"), ("eta", 1.0)])
+def test_settings_of_diffusion_models_are_refused_elsewhere(models, family, name, value):
+    source = find_model(make_settings(models[family]))
+    with refused(name, ""):
+        samplers.build(SamplerSettings(**{name: value}), source.schedule())
 
 
 @pytest.mark.parametrize("preset", ["sd15", "sdxl", "sd35", "flux"])
 def test_presets_are_settings_that_their_models_take(models, preset):
-    settings = PRESETS[preset].resolved()
-    table = make_policy(models[preset], guidance_scale=settings.guidance_scale).make_table(settings)
+    config = PRESETS[preset]
+    policy = make_policy(models[preset], guidance_scale=config.model.guidance_scale)
+    settings = dataclasses.replace(config.sampler, credit="proportionate")
+    table = samplers.build(settings, policy.schedule())
     assert len(table) == settings.num_inference_steps
     zeta = {"sd35": 4.2967, "flux": 13.343}
     if preset in zeta:
@@ -402,8 +447,8 @@ def test_how_the_denoiser_is_run_changes_nothing_but_rounding(models, name, fami
     """Neither outputs nor gradients; with checkpointing, not a bit of either."""
     settings = EXECUTION[name]
     if "channels_last" in settings and family in ("sd35", "flux"):
-        with pytest.raises(ValueError, match=r"--channels-last is for the convolutions of UNets, .* has a transformer"):
-            make_policy(models[family], resolution=64, **settings)
+        with refused("channels_last", "has no convolutions in its denoiser; leave this setting out"):
+            find_model(make_settings(models[family], **settings))
         return
     found = []
     for changed in ({}, settings):
@@ -468,7 +513,7 @@ def test_flux_is_told_the_timesteps_of_its_pipeline(models, dtype):
     policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
     policy.pipeline("cat", num_inference_steps=16, height=64, width=64, output_type="latent")
     pipelines, told = torch.cat(told).view(16, 2)[:, 0], []
-    timesteps = policy.make_table(Config(num_inference_steps=16)).timesteps
+    timesteps = samplers.build(SamplerSettings(num_inference_steps=16), policy.schedule()).timesteps
     policy.denoiser.time_text_embed.time_proj._forward_pre_hooks.clear()
     policy.denoiser.time_text_embed.time_proj.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0][:1]))
     for timestep in timesteps:
@@ -480,7 +525,7 @@ def test_flux_is_told_the_timesteps_of_its_pipeline(models, dtype):
 def test_a_shift_of_ones_own_keeps_the_models_timesteps(models):
     policy = make_policy(models["sd35"])
     policy.pipeline.scheduler.register_to_config(num_train_timesteps=500)
-    table = policy.make_table(Config(num_inference_steps=4, shift=3.0))
+    table = samplers.build(SamplerSettings(num_inference_steps=4, shift=3.0), policy.schedule())
     assert table.timesteps[0] == 500
 
 
@@ -498,28 +543,60 @@ def test_latents_with_a_mean_and_a_deviation(models):
 
 def test_full_tuning_trains_float32_weights():
     pipeline = stable_diffusion().to(torch.bfloat16)
-    policy = StableDiffusionPolicy(pipeline, Config(tuning="full", dtype="bf16"), CPU)
+    policy = wrap(pipeline, tuning="full", dtype="bf16")
     assert {parameter.dtype for parameter in policy.trainable_parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "message"),
+    ("family", "name", "value", "message"),
     [
-        ("sd15", {"max_sequence_length": 16}, r"16 is for the T5 encoder of SD3 and FLUX, and .* leave it out"),
-        ("sdxl", {"max_sequence_length": 16}, r"16 is for the T5 encoder of SD3 and FLUX, and .* leave it out"),
-        ("sd35", {"resolution": 512}, "--resolution 512 is more than the 256 that this model has positions for"),
+        ("sd15", "max_sequence_length", 16, "has no text encoder whose number of tokens .* leave this setting out"),
+        ("sdxl", "max_sequence_length", 16, "has no text encoder whose number of tokens .* leave this setting out"),
+        ("flux", "t5", False, r"\(FluxPolicy\) has no T5 encoder that can be left out; leave this setting out"),
+        ("sd35", "resolution", 512, "512 is more than the 256 that this model has positions for"),
     ],
 )
-def test_what_a_family_does_not_have_is_refused(models, family, settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_policy(models[family], **settings)
+def test_what_a_family_does_not_have_is_refused(models, family, name, value, message):
+    with refused(name, message):
+        find_model(make_settings(models[family], **{name: value}))
 
 
 def test_attention_that_a_model_cannot_have_is_refused(models, monkeypatch):
-    from pcpo_fast import policies
+    with refused("attention", r"flash is not available for .* use PyTorch's own: sdpa, sdpa-flash"):
+        find_model(make_settings(models["sd35"], attention="flash"))
+    monkeypatch.setattr("pcpo_fast.policies.diffusers.check_package", lambda *_: None)
+    find_model(make_settings(models["sd35"], attention="xformers", tuning="full"))
+    with refused("attention", "wants queries, keys and values of one dtype, .* use sdpa, or tuning lora"):
+        find_model(make_settings(models["sd35"], attention="xformers", tuning="full", dtype="bf16"))
 
-    monkeypatch.setattr(policies, "_check_attention_package", lambda *_: None)
-    with pytest.raises(ValueError, match=r"wants queries, keys and values of one dtype, .* use --attention sdpa"):
-        make_policy(models["sd35"], attention="xformers", resolution=64, tuning="full", dtype="bf16")
-    with pytest.raises(ValueError, match=r"--attention flash is for FLUX alone, .* use --attention sdpa-flash"):
-        make_policy(models["sd35"], attention="flash", resolution=64)
+
+def test_conditioning_keeps_its_names():
+    mask, embeddings = torch.tensor([[True, False], [True, True], [False, True]]), torch.randn(3, 2, 4)
+    conditioning = Conditioning(mask=mask, embeddings=embeddings)
+    assert len(conditioning) == 3
+    assert torch.equal(conditioning.mask, mask) and torch.equal(conditioning.embeddings, embeddings)
+    for made, rows in (
+        (conditioning[[2, 0]], [2, 0]),
+        (conditioning[torch.tensor([1, 1])], [1, 1]),
+        (conditioning.to(torch.device("cpu")), [0, 1, 2]),
+        (conditioning[1:2].expand(3), [1, 1, 1]),
+        # whatever the order in which the names were given
+        (Conditioning.cat([conditioning, Conditioning(embeddings=embeddings, mask=mask)]), [0, 1, 2, 0, 1, 2]),
+    ):
+        assert list(made.tensors()) == ["mask", "embeddings"]
+        assert torch.equal(made.mask, mask[rows]) and torch.equal(made.embeddings, embeddings[rows])
+
+
+def test_conditionings_that_do_not_fit_are_refused():
+    one, other = (
+        Conditioning(embeddings=torch.zeros(2, 3)),
+        Conditioning(embeddings=torch.zeros(2, 3), pooled=torch.zeros(2, 1)),
+    )
+    with pytest.raises(ValueError, match="cannot be joined: embeddings and embeddings, pooled"):
+        Conditioning.cat([one, other])
+    with pytest.raises(ValueError, match=r"one row per prompt; given a \(2,\), b \(3,\)"):
+        Conditioning(a=torch.zeros(2), b=torch.zeros(3))
+    with pytest.raises(ValueError, match="given no tensor"):
+        Conditioning()
+    with pytest.raises(AttributeError, match="has no tensor 'pooled'"):
+        _ = one.pooled

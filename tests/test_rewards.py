@@ -1,5 +1,6 @@
 import io
 import math
+import os
 import sys
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pcpo_fast.rewards import RewardError, RewardSet
+from pcpo_fast.errors import SettingError
+from pcpo_fast.rewards import REWARDS, RewardError, RewardSet
 from pcpo_fast.rewards.jpeg import compressibility, incompressibility
 
 IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
@@ -39,6 +41,14 @@ def refuses_nan(images, prompts):
 
 def column(images, prompts):
     return images.mean(dim=(1, 2, 3))[:, None]
+
+
+def images_only(images):
+    return images.mean(dim=(1, 2, 3))
+
+
+def three(images, prompts, metadata):
+    return images.mean(dim=(1, 2, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -128,12 +138,54 @@ def test_a_reward_of_a_wrong_shape_is_named(reward, shape):
         (["not_there.at_all:f"], "'not_there.at_all:f' needs the module 'not_there', .*install it"),
         (["own:f"], "module own has no function 'f'"),
         (["own:PROMPTS"], "module own has no function 'PROMPTS'"),
-        (["own:brightness="], "'own:brightness=' has no finite number behind '='; write name=0.5"),
-        (["own:brightness=half"], "has no finite number"),
-        ([f"own:brightness={math.nan}"], "has no finite number"),
+        (["own:brightness="], "'own:brightness' has a weight that is not a finite number; write own:brightness=0.5"),
+        (["own:brightness=half"], "a weight that is not a finite number"),
+        ([f"own:brightness={math.nan}"], "a weight that is not a finite number"),
+        ({"bright": (brightness, math.inf)}, "'bright' has a weight that is not a finite number"),
+        (
+            ["own:images_only"],
+            r"has the arguments \(images\) and is called with two: write it as a function",
+        ),
+        ({"bright": three}, r"'bright' has the arguments \(images, prompts, metadata\) and is called with two"),
+        ({"bright": "own:brightness"}, r"'bright' is 'own:brightness'; give a function of \(images, prompts\)"),
+        ("own:brightness", "'own:brightness' is a single string; give a list of rewards"),
         (["own:brightness", "own:brightness=2"], "'own:brightness' is named twice; give it once"),
     ],
 )
 def test_specs_that_cannot_be_used_are_refused(specs, message):
-    with pytest.raises(ValueError, match=message):
-        RewardSet(specs)
+    for setting in ("rewards", "eval_rewards"):
+        with pytest.raises(SettingError, match=f"^{setting}: .*{message}") as error:
+            RewardSet(specs, setting=setting)
+        assert error.value.name == setting
+
+
+def test_rewards_may_be_functions():
+    """With a weight or without; bound methods, lambdas, and functions with further defaults, too."""
+
+    class Model:
+        def score(self, images, prompts):
+            return 2 * brightness(images, prompts)
+
+    def scaled(images, prompts, scale=3.0):
+        return scale * brightness(images, prompts)
+
+    functions = {"bright": brightness, "double": (Model().score, 0.5), "any": lambda *inputs: scaled(*inputs)}
+    total, scores = RewardSet(functions | {"scaled": (scaled, -1)})(IMAGES, PROMPTS)
+    bright = brightness(IMAGES, PROMPTS)
+    assert list(scores) == ["bright", "double", "any", "scaled"]
+    for name, scale in (("bright", 1), ("double", 2), ("any", 3), ("scaled", 3)):
+        torch.testing.assert_close(scores[name], scale * bright)
+    torch.testing.assert_close(total, 2 * bright)
+
+
+def test_rewards_are_found_in_the_current_folder(tmp_path, monkeypatch):
+    """Also by the console script, whose path does not have it."""
+    (tmp_path / "found_here.py").write_text("def zero(images, prompts):\n    return [0] * len(prompts)\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    monkeypatch.chdir(tmp_path)
+    assert RewardSet(["found_here:zero"])(IMAGES, PROMPTS)[0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_registered_rewards_are_there(name):
+    assert RewardSet([f"{name}=2"]).rewards[name][1] == 2

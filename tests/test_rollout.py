@@ -6,9 +6,9 @@ import pytest
 import torch
 from pipelines import FAMILIES, SMALL, make_trainer
 
-from pcpo_fast.ops import sample_noise, sampler_step
+from pcpo_fast.ops import NoiseKey, sample_noise, sampler_step
 from pcpo_fast.rollout import INITIAL_LATENTS, Interrupted, RolloutEngine
-from pcpo_fast.tables import ddim_table, flow_table, shifted_sigmas
+from pcpo_fast.samplers import StepTable, shifted_sigmas
 
 pytest_plugins = "pipelines"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +33,7 @@ def flow_policy(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(policy):
-    return ddim_table.from_scheduler(policy.pipeline.scheduler, STEPS)
+    return StepTable.from_scheduler(policy.pipeline.scheduler, STEPS)
 
 
 def run(policy, table, prompt=PROMPT, first_index=FIRST, batch_size=5, engine=None, **settings):
@@ -47,14 +47,14 @@ def plain_loop(policy, table, prompt, batch_size):
     conditioning, states, outputs = policy.encode([DISTINCT[index] for index in prompt]), [], []
     for start in range(0, len(prompt), batch_size):
         rows = torch.arange(start, start + batch_size)
-        key = {"seed": SEED, "sample_index": rows + FIRST}
-        x = sample_noise((batch_size, *policy.latent_shape), table, 0, stream=INITIAL_LATENTS, **key)
+        key = NoiseKey(SEED, rows + FIRST)
+        x = sample_noise((batch_size, *policy.latent_shape), table, 0, key, stream=INITIAL_LATENTS)
         states.append([x])
         outputs.append([])
         for step, timestep in enumerate(table.timesteps):
             with torch.no_grad():
                 m = policy.predict(x, timestep.expand(batch_size), conditioning[rows])
-            x = sampler_step(m, x, table, step, **key).prev_sample
+            x = sampler_step(m, x, table, step, key).prev_sample
             states[-1].append(x)
             outputs[-1].append(m)
     return (torch.cat([torch.stack(batch, dim=1) for batch in batches]) for batches in (states, outputs))
@@ -62,14 +62,14 @@ def plain_loop(policy, table, prompt, batch_size):
 
 SIGMAS = shifted_sigmas(STEPS, 3.0)
 TABLES = {
-    "ddim": lambda scheduler: ddim_table.from_scheduler(scheduler, STEPS),
-    "ddim-proportionate": lambda scheduler: ddim_table.from_scheduler(scheduler, STEPS, credit="proportionate"),
-    "ddim-window": lambda scheduler: ddim_table.from_scheduler(scheduler, STEPS, window=(1, 3)),
-    "flow": lambda _: flow_table(SIGMAS, sde="flow", noise_level=0.7),
-    "dance": lambda _: flow_table(SIGMAS, sde="dance", noise_level=0.3),
-    "cps": lambda _: flow_table(SIGMAS, sde="cps", noise_level=0.8),
-    "flow-window": lambda _: flow_table(SIGMAS, sde="flow", noise_level=0.7, window=(1, 3)),
-    "ode": lambda _: flow_table(SIGMAS, sde="flow", noise_level=0.0),
+    "ddim": lambda scheduler: StepTable.from_scheduler(scheduler, STEPS),
+    "ddim-proportionate": lambda scheduler: StepTable.from_scheduler(scheduler, STEPS, credit="proportionate"),
+    "ddim-window": lambda scheduler: StepTable.from_scheduler(scheduler, STEPS, window=(1, 3)),
+    "flow": lambda _: StepTable.flow(SIGMAS, sde="flow", noise_level=0.7),
+    "dance": lambda _: StepTable.flow(SIGMAS, sde="dance", noise_level=0.3),
+    "cps": lambda _: StepTable.flow(SIGMAS, sde="cps", noise_level=0.8),
+    "flow-window": lambda _: StepTable.flow(SIGMAS, sde="flow", noise_level=0.7, window=(1, 3)),
+    "ode": lambda _: StepTable.flow(SIGMAS, sde="flow", noise_level=0.0),
 }
 
 
@@ -94,7 +94,7 @@ def test_one_engine_serves_every_table(policy, flow_policy):
         for record in (True, False):
             used, new = (run(flow_policy, table, batch_size=3, engine=e, record=record) for e in (engine, None))
             assert torch.equal(used.states, new.states) and torch.equal(used.model_outputs, new.model_outputs)
-    short = flow_table(shifted_sigmas(2, 3.0), sde="flow", noise_level=0.7)
+    short = StepTable.flow(shifted_sigmas(2, 3.0), sde="flow", noise_level=0.7)
     assert run(flow_policy, short, engine=engine).states.shape[1] == 3
 
 
@@ -109,7 +109,7 @@ def tensors_alive():
 def test_buffers_are_reused(policy, table):
     """Over 50 rollouts nothing grows: as many tensors and bytes live after the last as after the first."""
     engine = RolloutEngine(policy, 2)
-    short = ddim_table.from_scheduler(policy.pipeline.scheduler, 2)
+    short = StepTable.from_scheduler(policy.pipeline.scheduler, 2)
 
     def rollouts(seed):
         run(policy, short, seed=seed, engine=engine)
@@ -150,25 +150,25 @@ def test_weights_that_change_are_seen(policy, table):
     assert torch.equal(run(policy, table, engine=engine).latents, before.latents)
 
 
-def test_graph_key(policy):
+def test_capture_key(policy):
     """Changes with what a captured graph would not follow, and not with what it would."""
-    key = policy.graph_key()
+    key = policy.capture_key()
     weight = next(w for w in policy.denoiser.parameters() if w.requires_grad)
     with torch.no_grad():
         weight.add_(1).sub_(1)
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
     policy.denoiser.disable_adapters()
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     policy.denoiser.enable_adapters()
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
     data = weight.data
     weight.data = data.clone()
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     weight.data = data
     policy.guidance_scale += 1
-    assert policy.graph_key() != key
+    assert policy.capture_key() != key
     policy.guidance_scale -= 1
-    assert policy.graph_key() == key
+    assert policy.capture_key() == key
 
 
 def test_graphs_need_a_gpu(policy):
@@ -188,7 +188,7 @@ def test_steps_draw_the_noise_of_their_key(policy, table):
     trajectory = run(policy, table)
     index = torch.arange(FIRST, FIRST + len(PROMPT))
     shape = (len(PROMPT), *policy.latent_shape)
-    drawn = [sample_noise(shape, table, step, seed=SEED, sample_index=index) for step in range(STEPS)]
+    drawn = [sample_noise(shape, table, step, NoiseKey(SEED, index)) for step in range(STEPS)]
     found = noise_of(trajectory, table)
     # each of the three coefficients, products and sums rounds once, magnified by 1/s
     terms = trajectory.states.abs().max() * table.sample_coef.max() + trajectory.model_outputs.abs().max()
@@ -223,7 +223,7 @@ def test_noise_differs_between_samples_steps_and_seeds(policy, table):
 def test_first_latents_are_the_noise_of_their_own_stream(policy, table):
     index = torch.arange(FIRST, FIRST + len(PROMPT))
     shape = (len(PROMPT), *policy.latent_shape)
-    expected = sample_noise(shape, table, 0, seed=SEED, sample_index=index, stream=INITIAL_LATENTS)
+    expected = sample_noise(shape, table, 0, NoiseKey(SEED, index), stream=INITIAL_LATENTS)
     assert torch.equal(run(policy, table).states[:, 0], expected)
 
 
@@ -233,19 +233,35 @@ def test_without_record_the_latents_are_the_same(policy, table):
     assert bare.states.shape[1] == 1 and bare.model_outputs.numel() == 0
 
 
-def test_after_step_is_called_after_every_step_and_may_end_the_rollout(policy, table):
+def test_after_step_is_called_after_every_step_and_stop_ends_the_rollout(policy, table):
     calls = []
     run(policy, table, batch_size=2, after_step=lambda: calls.append(1))
     assert len(calls) == 3 * STEPS
-
-    def stop():
-        raise Interrupted
-
-    engine = RolloutEngine(policy, 2)
+    engine, calls = RolloutEngine(policy, 2), []
     with pytest.raises(Interrupted):
-        run(policy, table, engine=engine, after_step=stop)
+        run(policy, table, engine=engine, after_step=lambda: calls.append(1), stop=lambda: len(calls) == STEPS + 2)
+    assert len(calls) == STEPS + 2
     # and leaves nothing behind
     assert torch.equal(run(policy, table, engine=engine).states, run(policy, table, batch_size=2).states)
+
+
+def test_a_trajectory_knows_its_table(policy, table):
+    other = StepTable.from_scheduler(policy.pipeline.scheduler, STEPS, eta=0.5)
+    engine = RolloutEngine(policy, 5)
+    assert [run(policy, used, engine=engine).table for used in (table, other)] == [table, other]
+    assert run(policy, table, engine=engine, record=False).table is table
+
+
+def test_spans_name_what_a_profile_shows(policy, table):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        policy.decode(run(policy, table).latents)
+    spans = {event.name: event for event in profile.events() if event.name in ("sample", "decode")}
+    assert spans.keys() == {"sample", "decode"}
+    # the denoiser's attention is inside of the one, the autoencoder's convolutions are inside of the other
+    for name, inner in (("sample", "aten::scaled_dot_product_attention"), ("decode", "aten::conv2d")):
+        span = spans[name].time_range
+        inside = [e for e in profile.events() if e.name == inner and span.start <= e.time_range.start <= span.end]
+        assert inside
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -13,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +24,12 @@ from pipelines import SMALL, at_call, command, records, save_stable_diffusion
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pcpo_fast import train, trainer
-from pcpo_fast.config import PRESETS, Config, read_config, to_json
+from pcpo_fast import __version__, train, trainer
+from pcpo_fast.__main__ import main as pcpo
+from pcpo_fast.config import Config, read_config
+from pcpo_fast.errors import SettingError
+from pcpo_fast.presets import PRESETS
+from pcpo_fast.run_folder import LOCK
 from pcpo_fast.train import main, parse
 
 pytest_plugins = "pipelines"
@@ -193,9 +200,9 @@ def run_until(arguments, file, function, count):
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(long, whole, tmp_path):
     """Each kill comes at a random call, of which there are more before a process has finished two epochs."""
     kills = [
-        ("pcpo_fast/ops.py", None, 400),
-        ("pcpo_fast/checkpoint.py", "_flush", 30),
-        ("pcpo_fast/trainer.py", None, 200),
+        ("pcpo_fast/rollout.py", None, 200),
+        ("pcpo_fast/files.py", "flush", 30),
+        ("pcpo_fast/trainer.py", None, 120),
         ("pcpo_fast/checkpoint.py", None, 300),
         ("pcpo_fast/metrics.py", None, 150),
     ]
@@ -224,9 +231,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(long, whole, 
     [
         # the first epoch's rollout comes after the evaluation's, which has 3 steps of one batch
         (signal.SIGINT, "pcpo_fast/rollout.py", "_advance", 2),
-        (signal.SIGTERM, "pcpo_fast/policies.py", "_guided", 60),
+        (signal.SIGTERM, "pcpo_fast/policies/diffusers.py", "_guided", 60),
         (signal.SIGINT, "pcpo_fast/ops.py", "policy_loss", 20),
-        (signal.SIGTERM, "pcpo_fast/metrics.py", "save_curves", 5),
+        (signal.SIGTERM, "pcpo_fast/pictures.py", "save_curves", 5),
     ],
     ids=["evaluation", "rollout", "update", "between"],
 )
@@ -241,7 +248,7 @@ def test_signals_save_and_leave(long, whole, tmp_path, capfd, number, file, func
         sys.setprofile(None)
     assert status == 128 + number
     output = "".join(capfd.readouterr())
-    assert f"{number.name}: saving, then leaving" in output
+    assert f"{number.name}: saving, then exiting" in output
     (checkpoint,) = (run / "checkpoints").iterdir()
     epoch = json.loads((checkpoint / "state.json").read_text())["epoch"]
     assert epoch < EPOCHS
@@ -268,7 +275,7 @@ def fail():
         ("pcpo_fast/rewards/jpeg.py", "compressibility", 3, 1),
         ("pcpo_fast/rewards/jpeg.py", "compressibility", 4, 2),
         ("pcpo_fast/rewards/jpeg.py", "compressibility", 9, EPOCHS),
-        ("pcpo_fast/metrics.py", "save_curves", 1, 0),
+        ("pcpo_fast/pictures.py", "save_curves", 1, 0),
         ("pcpo_fast/ops.py", "policy_loss", 1, None),
     ],
     ids=["first evaluation", "epoch", "evaluation", "last evaluation", "curves", "update"],
@@ -299,7 +306,7 @@ def test_a_second_signal_leaves_at_once(long, tmp_path):
 
     # a shell's background job ignores SIGINT
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    at_call(60, "pcpo_fast/policies.py", twice, "_guided")
+    at_call(60, "pcpo_fast/policies/diffusers.py", twice, "_guided")
     try:
         with pytest.raises(KeyboardInterrupt):
             main(long(tmp_path / "run"))
@@ -450,57 +457,87 @@ def files(tmp_path):
         "null": '{"seed": null}',
         "text": '{"rewards": "jpeg_compressibility"}',
         "pair": '{"window_size": 1, "window_range": [1]}',
+        "true": '{"epochs": true}',
     }.items():
         (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "broken.yaml").write_text("epochs: [3")
+    (tmp_path / "range.yaml").write_text("clip_range: -1e-4")
+    (tmp_path / "binary.txt").write_bytes(b"a cat\xff")
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--prompts nofile.txt", "'nofile.txt' is no file and no built-in list; give a text file .*animals"),
-        ("--prompts empty.txt", "the prompt file empty.txt is empty; write one prompt a line"),
-        ("--model nowhere", "'nowhere' is no diffusers pipeline: there is no nowhere/model_index.json. Give a folder"),
+        (
+            "--prompts nofile.txt",
+            "--prompts: 'nofile.txt' is neither a file nor a built-in list; give a text file .*animals",
+        ),
+        ("--prompts empty.txt", "--prompts: the file empty.txt is empty; write one prompt per line"),
+        (
+            "--model nowhere",
+            "--model: 'nowhere' is not a diffusers pipeline: nowhere/model_index.json not found; give a folder",
+        ),
         ("--model owner/not-there-at-all", "owner/not-there-at-all"),
-        ("--device gpu", "--device gpu is not supported; choose auto, cpu, cuda or cuda:N"),
-        ("--device cuda:99", "--device cuda:99 is not there: this machine shows .*; use --device auto or cpu"),
+        ("--device gpu", "--device: gpu is not supported; choose auto, cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device: cuda:99 is not there: this machine shows .*; use auto or cpu"),
         ("--rewards nothing", "no reward is named 'nothing'; choose one of digit_alignment"),
         ("--rewards not_there:f", "needs the module 'not_there'"),
         ("--rewards math:nothing", "module math has no function 'nothing'"),
-        ("--group-size 3", "2 x --group-size 3 = 6 images do not divide .* 4; .* choose a divisor of 6"),
-        ("--group-size 1 --micro-batch-size 2", "--group-size is 1: give a group size of at least 2, or choose"),
+        (
+            "--group-size 3",
+            "--micro-batch-size: 4 does not divide the 6 images .*group_size 3.*: choose a divisor of 6",
+        ),
+        (
+            "--group-size 1 --micro-batch-size 2",
+            "--group-size: 1 leaves advantage group nothing to compare with; set it to at least 2, or",
+        ),
         (
             "--advantage batch --prompts-per-epoch 1 --group-size 1 --micro-batch-size 1",
-            "is a single one: raise either",
+            "--advantage: batch compares .* is a single image; raise either",
         ),
-        ("--advantage prompt --prompt-buffer-size 1", "--prompt-buffer-size is 1: give a buffer size of at least 2"),
-        ("--num-inference-steps 1001", "num_inference_steps=1001 must lie between 1 and the schedule's 1000"),
-        ("--target-weight 1e-3", "target_weight=0.001 is below .*: the smallest that some step reaches is"),
-        ("--eta 0", "every step of the sampler is deterministic, .* raise --eta"),
-        ("--eta 0 --credit native", "every step of the sampler is deterministic, .* raise --eta"),
-        ("--no-normalized-log-prob", "--no-normalized-log-prob is a setting of flow models"),
-        ("--lora-target-modules to_q nosuch", "--lora-target-modules nosuch names no layer of UNet2DConditionModel"),
-        ("--tuning full --lora-target-modules to_q", "--lora-target-modules is a setting of --tuning lora"),
-        ("--max-sequence-length 513", "--max-sequence-length 513 must be at most 512"),
-        ("--config pair.json", r"gives window_range as \[1\], which is no tuple"),
-        ("--epochs 0", "--epochs 0 must be a finite number above 0"),
-        ("--learning-rate nan", "--learning-rate nan must be a finite number above 0"),
-        ("--clip-range -1", "--clip-range -1.0 must be"),
-        ("--seed -1", "--seed -1 must be a finite number, 0 or above"),
-        ("--adam-beta2 1", r"--adam-beta2 1.0 must lie in \[0, 1\)"),
-        ("--guidance-scale 0.5", "--guidance-scale 0.5 must be at least 1"),
-        ("--timestep-fraction 0", r"--timestep-fraction 0.0 must lie in \(0, 1\]"),
-        ("--resolution 0", "--resolution 0 must be a finite number above 0; leave it out for the default"),
-        ("--prompt-buffer-min 20", "--prompt-buffer-min 20 is never reached with --prompt-buffer-size 16"),
-        ("--config none.json", "the config file none.json does not exist"),
-        ("--config broken.json", "the config file broken.json is not JSON: .*line 1"),
-        ("--config list.json", "the config file list.json must hold a JSON object of settings"),
-        ("--config unknown.json", "the config file unknown.json names unknown settings: epoch"),
-        ("--config type.json", "gives epochs as 'ten', which is no int"),
-        ("--config half.json", "gives epochs as 2.5, which is no int"),
-        ("--config choice.json", r"gives objective as 'grpo', which is no Literal\['pcpo', 'ppo', 'guard'\]"),
-        ("--config null.json", "gives seed as None, which is no int"),
-        ("--config text.json", "gives rewards as 'jpeg_compressibility', which is no tuple"),
+        (
+            "--advantage prompt --prompt-buffer-size 1",
+            "--prompt-buffer-size: 1 leaves advantage prompt .* set it to at least 2",
+        ),
+        ("--num-inference-steps 1001", "--num-inference-steps: 1001 must lie between 1 and the schedule's 1000"),
+        (
+            "--credit proportionate --target-weight 1e-3",
+            "--target-weight: 0.001 is below .*: the smallest that some step reaches is",
+        ),
+        ("--eta 0", "--sampler: every step is deterministic, .* raise eta"),
+        ("--eta 0 --credit native", "--sampler: every step is deterministic, .* raise eta"),
+        ("--shift 3", "--shift: .*is for flow models and DDIMScheduler is a diffusion scheduler; leave it out"),
+        ("--lora-target-modules to_q nosuch", "--lora-target-modules: nosuch names no layer of UNet2DConditionModel"),
+        ("--tuning full --lora-target-modules to_q", "--lora-target-modules: applies to tuning lora, and"),
+        ("--max-sequence-length 513", "--max-sequence-length: 513 was given; it must be less than or equal to 512"),
+        ("--config pair.json", r"--config: pair.json: window_range: \[1\] was given; it needs more values"),
+        ("--epochs 0", "--epochs: 0 was given; it must be greater than 0"),
+        ("--learning-rate nan", "--learning-rate: nan was given; it must be a finite number"),
+        ("--clip-range -1", "--clip-range: -1.0 was given; it must be greater than 0"),
+        ("--seed -1", "--seed: -1 was given; it must be greater than or equal to 0"),
+        ("--adam-beta2 1", "--adam-beta2: 1.0 was given; it must be less than 1"),
+        ("--guidance-scale 0.5", "--guidance-scale: 0.5 was given; it must be greater than or equal to 1"),
+        ("--timestep-fraction 0", "--timestep-fraction: 0.0 was given; it must be greater than 0"),
+        ("--resolution 0", "--resolution: 0 was given; it must be greater than 0"),
+        ("--prompt-buffer-min 20", "--prompt-buffer-min: 20 is never reached with prompt_buffer_size 16"),
+        ("--config none.json", "--config: cannot read none.json: .*No such file"),
+        ("--config broken.json", "--config: cannot read broken.json: .*line 1"),
+        ("--config list.json", "--config: list.json must hold settings by name"),
+        ("--config unknown.json", "--config: unknown.json: epoch: no setting has this name; did you mean epochs"),
+        ("--config type.json", "--config: type.json: epochs: 'ten' was given; it must be a valid integer"),
+        ("--config half.json", "--config: half.json: epochs: 2.5 was given; it must be a valid integer"),
+        ("--config choice.json", "objective: 'grpo' was given; it must be 'pcpo', 'ppo' or 'guard'"),
+        ("--config true.json", "--config: true.json: epochs: true was given; it must be a valid integer"),
+        ("--config broken.yaml", "--config: cannot read broken.yaml: .*line 1"),
+        ("--config range.yaml", "--config: range.yaml: clip_range: -0.0001 was given; it must be greater than 0"),
+        ("--prompts binary.txt", "--prompts: binary.txt cannot be read as UTF-8 text"),
+        ("--output-dir empty.txt", "--output-dir: cannot be used as a run folder: .*empty.txt"),
+        ("--window random", "--window: places a window of steps, and window_size is not set"),
+        ("--window-size 9", "--window-size: 9 is more than the 3 steps from 0 to 3"),
+        ("--eval-rewards nothing", "--eval-rewards: no reward is named 'nothing'"),
+        ("--config null.json", "--config: null.json: seed: null was given; it must be a valid integer"),
+        ("--config text.json", "--config: text.json: rewards: 'jpeg_compressibility' was given; it must be a list"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_made(model, files, monkeypatch, capsys, given, message):
@@ -513,7 +550,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_made(model, files, mon
         arguments = command(model, run)
     assert main([*arguments, *given.split()]) == 2
     error = capsys.readouterr().err
-    assert re.search("error: .*" + message, error), error
+    assert re.search("error: .*" + message, error, re.DOTALL), error
     assert not run.exists()
     assert not (files / "runs").exists()
 
@@ -523,7 +560,9 @@ def test_xformers_that_is_not_installed_is_refused(model, tmp_path, monkeypatch,
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(command(model, tmp_path / "run", attention="xformers")) == 2
     error = capsys.readouterr().err
-    assert "pip install 'pcpo-fast[xformers]', or use --attention sdpa" in error
+    assert (
+        "--attention: xformers needs the package xformers, which is not installed; pip install 'pcpo-fast[xf" in error
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -546,24 +585,27 @@ def test_unknown_flags_and_values_are_refused(model, tmp_path, capsys, arguments
 def test_unknown_presets_are_refused(capsys):
     assert main(["sd14", "--epochs", "3"]) == 2
     error = capsys.readouterr().err
-    assert "no preset is named 'sd14'; choose one of digits, digits-flow, sd15, sdxl, sd35, flux, or give none" in error
+    assert (
+        "preset: 'sd14' does not exist; choose one of digits, digits-flow, sd15, sdxl, sd35, flux, or give none"
+        in error
+    )
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole, long, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
     assert main(long(whole)) == 2
-    assert f"--output-dir {whole} holds a run already; add --resume to continue it" in capsys.readouterr().err
+    assert f"--output-dir: {whole} already holds a run; add resume to continue it" in capsys.readouterr().err
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("--lora-rank 8", "has lora_rank 4, which its checkpoints depend on, and was to be resumed with 8"),
-        ("--lora-alpha 8", "has lora_alpha 4"),
-        ("--tuning full", "has tuning 'lora', .* resumed with 'full'; leave the setting out, or start another run"),
-        ("--lora-target-modules to_q", "has lora_target_modules"),
-        ("--model digits", "has model '.*', .* 'digits'; .*if that is the same model in another place, .*config.json"),
+        ("--lora-rank 8", "--lora-rank: 8 was given, and the checkpoints in .* depend on 4; leave the setting out, or"),
+        ("--lora-alpha 8", "--lora-alpha: 8 was given, .* depend on 4"),
+        ("--tuning full", "--tuning: 'full' was given, .* depend on 'lora'"),
+        ("--lora-target-modules to_q", "--lora-target-modules: "),
+        ("--model digits", "--model: 'digits' .*; if it is the same model in another place, .*config.json"),
     ],
 )
 def test_resuming_with_another_adapter_is_refused(whole, capsys, given, message):
@@ -590,7 +632,7 @@ def test_a_run_in_fp32_may_go_on_in_fp16(whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "named"), [(None, "there is no such folder"), ("notes.txt", "it has no config.json, but notes.txt")]
+    ("there", "named"), [(None, "the folder does not exist"), ("notes.txt", "it has no config.json, but notes.txt")]
 )
 def test_resuming_what_is_no_run_is_refused(model, tmp_path, capsys, there, named):
     """It is a mistyped folder rather than a new run."""
@@ -600,23 +642,23 @@ def test_resuming_what_is_no_run_is_refused(model, tmp_path, capsys, there, name
         (run / there).touch()
     assert main(command(model, run, resume=True)) == 2
     error = capsys.readouterr().err
-    assert f"--output-dir {run} holds no run to resume: " in error
+    assert f"--output-dir: {run} holds no run to resume: " in error
     assert named in error
-    assert "or leave --resume out to begin one there" in error
+    assert "or leave resume out to begin one there" in error
     assert ([path.name for path in run.iterdir()] if there else run.exists()) == ([there] if there else False)
 
 
 def test_a_run_that_was_killed_before_it_began_begins(model, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    (run / train.LOCK).touch()
+    (run / LOCK).touch()
     assert main(command(model, run, resume=True, epochs=1)) == 0
     assert (run / "config.json").is_file()
 
 
 def test_resume_needs_a_folder(capsys):
     assert main(["--resume"]) == 2
-    assert "--resume needs --output-dir, the folder of the run to continue" in capsys.readouterr().err
+    assert "--resume: needs output_dir, the folder of the run to continue" in capsys.readouterr().err
 
 
 # settings
@@ -628,8 +670,7 @@ def test_the_command_line_overrides_the_file_which_overrides_the_preset(tmp_path
     for spelling in (["--config", str(file)], [f"--config={file}"]):
         preset, config = parse(["sd15", *spelling, "--epochs", "4", "--group_size", "8"])
         assert preset == "sd15"
-        expected = dataclasses.replace(
-            PRESETS["sd15"],
+        expected = PRESETS["sd15"].replace(
             seed=7,
             epochs=4,
             group_size=8,
@@ -643,26 +684,26 @@ def test_the_command_line_overrides_the_file_which_overrides_the_preset(tmp_path
 
 @pytest.mark.parametrize(("tuning", "learning_rate"), [("lora", 3e-4), ("full", 1e-5)])
 def test_the_learning_rate_depends_on_the_tuning(tuning, learning_rate):
-    assert parse(["sd15", "--tuning", tuning])[1].learning_rate == learning_rate
-    assert parse(["sd15", "--tuning", tuning, "--learning-rate", "0.5"])[1].learning_rate == 0.5
+    assert parse(["sd15", "--tuning", tuning])[1].optimizer.learning_rate == learning_rate
+    assert parse(["sd15", "--tuning", tuning, "--learning-rate", "0.5"])[1].optimizer.learning_rate == 0.5
 
 
 def test_what_was_resolved_is_saved(whole, long, tmp_path):
     _, resolved = parse(long(whole))
-    saved = Config(**read_config(whole / "config.json"))
+    saved = Config().replace(**read_config(whole / "config.json"))
     assert saved == resolved
     # and another run can start from it
     assert parse(["--config", str(whole / "config.json")])[1] == resolved
     for preset in PRESETS.values():
-        (tmp_path / "preset.json").write_text(to_json(preset))
-        assert Config(**read_config(tmp_path / "preset.json")) == preset
+        (tmp_path / "preset.json").write_text(preset.to_json())
+        assert Config().replace(**read_config(tmp_path / "preset.json")) == preset
 
 
 def test_resuming_uses_the_saved_settings(whole):
     _, saved = parse(["--config", str(whole / "config.json")])
-    assert parse(["--output-dir", str(whole), "--resume"])[1] == dataclasses.replace(saved, resume=True)
+    assert parse(["--output-dir", str(whole), "--resume"])[1] == saved.replace(resume=True)
     other = parse(["--output-dir", str(whole), "--resume", "--epochs", "9", "--seed=3"])[1]
-    assert other == dataclasses.replace(saved, resume=True, epochs=9, seed=3)
+    assert other == saved.replace(resume=True, epochs=9, seed=3)
 
 
 def test_run_folders_do_not_collide(model, tmp_path, monkeypatch):
@@ -681,15 +722,14 @@ def test_runs_that_start_together_have_folders_of_their_own(model, tmp_path, mon
     arguments = command(model, tmp_path, epochs=1)
     place = arguments.index("--output-dir")
     arguments = arguments[:place] + arguments[place + 2 :]
-    load = train.load_policy
 
-    def load_slowly(config):
+    def start_another(config):
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
         assert main(arguments) == 0
-        return load(config)
 
-    monkeypatch.setattr(train, "load_policy", load_slowly)
+    # called between the making of the folder and the loading of the model
+    monkeypatch.setattr(train, "_set_globals", start_another)
     assert main(arguments) == 0
     for folder in ("runs/digits", "runs/digits-2"):
         assert len(records(tmp_path / folder)) == 3
@@ -702,7 +742,7 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(model, tmp_path, monkeypatch
     monkeypatch.setattr(train, "_announce", lambda trainer: statuses.append(main(others)))
     assert main(command(model, run, epochs=1)) == 0
     assert statuses == [2]
-    assert f"--output-dir {run} is in use by a run that goes on" in capsys.readouterr().err
+    assert f"--output-dir: {run} is in use by process {os.getpid()}; wait" in capsys.readouterr().err
     assert len(records(run)) == 3
     # and free again behind it
     monkeypatch.undo()
@@ -720,7 +760,7 @@ def test_an_error_leaves_what_it_found(model, tmp_path, monkeypatch):
 
 
 def test_a_gpu_is_asked_for_the_same_bits_every_time(model, tmp_path, monkeypatch):
-    """And a CPU is not asked: its kernels are deterministic as they are."""
+    """A CPU is not asked: its kernels are deterministic."""
     names = [
         (torch.backends.cudnn, "deterministic", True),
         (torch.backends.cudnn, "benchmark", False),
@@ -732,7 +772,7 @@ def test_a_gpu_is_asked_for_the_same_bits_every_time(model, tmp_path, monkeypatc
     for device, asked in (("cpu", False), ("cuda", True)):
         monkeypatch.setattr(train, "find_device", lambda name, device=device: torch.device(device))
         try:
-            assert main(command(model, tmp_path / device, epochs=1)) == 0
+            assert main(command(model, tmp_path / device, device="cpu", epochs=1)) == 0
             assert torch.are_deterministic_algorithms_enabled() == asked
             assert [getattr(owner, name) == value for owner, name, value in names] == [asked] * 3
             assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
@@ -741,20 +781,169 @@ def test_a_gpu_is_asked_for_the_same_bits_every_time(model, tmp_path, monkeypatc
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
-def test_help_documents_every_setting(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "400")
-    with pytest.raises(SystemExit) as status:
-        main(["--help"])
-    assert status.value.code == 0
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    body = ast.parse(inspect.getsource(Config)).body[0].body
-    documented = {
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_a_setting_of_the_process(monkeypatch, tf32):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(train, "find_device", lambda name: torch.device("cuda"))
+    # a build of PyTorch for CPUs has no such flag to read
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=not tf32))
+    for name in ("allow_tf32", "deterministic", "benchmark"):
+        monkeypatch.setattr(torch.backends.cudnn, name, not tf32)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    try:
+        train._set_globals(Config().replace(tf32=tf32))
+        assert [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32] == [tf32, tf32]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_dynamo_has_room_for_all_variants_of_a_compiled_block(monkeypatch):
+    for before, after in ((8, train.RECOMPILE_LIMIT), (1000, 1000)):
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", before)
+        train._set_globals(Config().replace(device="cpu"))
+        assert torch._dynamo.config.recompile_limit == before
+        train._set_globals(Config().replace(device="cpu", compile=True))
+        assert torch._dynamo.config.recompile_limit == after
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Makes every way in which weights are read an error."""
+
+    def refuse(*arguments, **settings):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", refuse)
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("--prompts nofile.txt", "prompts"),
+        ("--rewards nothing", "rewards"),
+        ("--rewards digit_alignment:f", "rewards"),
+        ("--eval-rewards nothing", "eval-rewards"),
+        ("--sampler ddmi", "sampler"),
+        ("--sampler flow", "sampler"),
+        ("--eta 0", "sampler"),
+        ("--noise-level 0.5", "noise-level"),
+        ("--num-inference-steps 1001", "num-inference-steps"),
+        ("--window-size 99", "window-size"),
+        ("--device cuda:99", "device"),
+        ("--output-dir {here}", "output-dir"),
+    ],
+)
+def test_what_needs_no_weights_is_checked_before_they_are_read(tmp_path, no_weights, capsys, given, name):
+    (tmp_path / "config.json").write_text("{}")
+    assert main([*given.format(here=tmp_path).split(), "--model", "digits"]) == 2
+    assert f"error: --{name}: " in capsys.readouterr().err
+
+
+def test_a_typo_is_reported_without_the_libraries_of_the_models(tmp_path):
+    """They take seconds to import; prompts and rewards are checked before, and so are samplers."""
+    code = (
+        "import sys\n"
+        "from pcpo_fast.train import main\n"
+        "assert main(sys.argv[1:]) == 2\n"
+        "print([name for name in ('transformers.modeling_utils', 'peft', 'accelerate') if name in sys.modules])"
+    )
+    for given in ("--prompts nofile.txt", "--rewards nothing", "--sampler ddmi"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *given.split()], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.stdout.strip() == "[]", (given, done.stderr)
+
+
+def test_errors_of_our_own_keep_their_traceback(model, tmp_path, monkeypatch):
+    def broken(config):
+        raise ValueError("a fault of the program")
+
+    monkeypatch.setattr(train, "_set_globals", broken)
+    with pytest.raises(ValueError, match="a fault of the program"):
+        main(command(model, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_files(tmp_path):
+    """Numbers such as 1e-4, which YAML 1.1 takes for text, are numbers."""
+    file = tmp_path / "config.yaml"
+    file.write_text("clip_range: 1e-4\nlearning_rate: 3E-5\nrewards: [jpeg_compressibility]\nseed: 7\nresume: false\n")
+    config = parse(["sd15", "--config", str(file)])[1]
+    expected = {"clip_range": 1e-4, "learning_rate": 3e-5, "rewards": ("jpeg_compressibility",), "seed": 7}
+    assert config == PRESETS["sd15"].replace(**expected).resolved()
+
+
+def test_unknown_settings_are_refused_with_the_nearest_name():
+    with pytest.raises(SettingError, match=r"groupsize: no setting has this name; did you mean group_size\?"):
+        Config().replace(groupsize=3)
+    with pytest.raises(SettingError, match=r"xyz: no setting has this name$"):
+        Config().replace(xyz=3)
+
+
+def settings_groups():
+    return {field.name: type(field.default) for field in dataclasses.fields(Config)}
+
+
+def documented(group):
+    body = ast.parse(inspect.getsource(group)).body[0].body
+    return {
         node.target.id: " ".join(doc.value.value.split())
         for node, doc in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }
-    assert list(documented) == [field.name for field in dataclasses.fields(Config)]
-    for name, doc in documented.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert doc in text
+
+
+def test_help_documents_every_setting_under_its_group(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as status:
+        main(["--help"])
+    assert status.value.code == 0
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{9,}", " ", capsys.readouterr().out).split())
+    titles = documented(Config)
+    assert list(titles) == list(settings_groups())
+    end = 0
+    for group, settings in settings_groups().items():
+        # the groups follow one another, each with its title and all of its settings
+        start = text.index(f"{group} options {titles[group]}")
+        assert start > end
+        docs = documented(settings)
+        assert list(docs) == [field.name for field in dataclasses.fields(settings)]
+        for name, doc in docs.items():
+            end = text.index(f"--{name.replace('_', '-')}", start)
+            assert doc in text[end:]
     assert "--config FILE" in text
+
+
+def test_no_setting_has_two_places():
+    names = [field.name for group in settings_groups().values() for field in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+    assert list(Config().flat()) == names
+
+
+def test_the_command_pcpo(model, tmp_path, capsys):
+    assert pcpo(["--version"]) == 0
+    assert capsys.readouterr().out == f"pcpo-fast {__version__}\n"
+    for arguments in ([], ["--help"], ["-h"]):
+        assert pcpo(arguments) == 0
+        assert "train      align" in capsys.readouterr().out
+    assert pcpo(["trian"]) == 2
+    assert "error: there is no command 'trian'" in capsys.readouterr().err
+    assert pcpo(["train", *command(model, tmp_path / "run", epochs=1)]) == 0
+    assert len(records(tmp_path / "run")) == 3
+
+
+def test_the_version_is_the_packages():
+    assert importlib.metadata.version("pcpo-fast") == __version__
+
+
+def test_files_are_short_enough_to_read():
+    """No file of the package is longer than 420 lines, and the loop is at most 260."""
+    package = Path(train.__file__).parent
+    lengths = {
+        path.relative_to(package).as_posix(): len(path.read_text().splitlines()) for path in package.rglob("*.py")
+    }
+    assert {path: length for path, length in lengths.items() if length > 420} == {}
+    assert lengths["trainer.py"] <= 260

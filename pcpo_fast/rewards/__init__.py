@@ -1,52 +1,77 @@
-"""Rewards: functions of (images, prompts) to one score per image, found by name or as `module:function`.
+"""Rewards: functions of (images, prompts) that return one score per image.
 
 images: float tensor (N, 3, H, W) in [0, 1]; prompts: N strings; the result: (N,) numbers, higher is better. A score
 that is not finite marks an image that could not be scored: the trainer leaves it out and counts it.
 
-An image that is not finite itself scores NaN, whatever a reward makes of it; the reward finds 0 where it is not finite.
+An image that is not finite itself scores NaN, whatever a reward returns for it; the reward sees 0 in the place of each
+value that is not finite.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+from pcpo_fast.errors import SettingError
+
+Reward = Callable[[Tensor, Sequence[str]], Any]
 
 REWARDS = {
-    "digit_alignment": "pcpo_fast.rewards.digits:alignment",
-    "digit_accuracy": "pcpo_fast.rewards.digits:accuracy",
+    "digit_alignment": "pcpo_fast.digits.rewards:alignment",
+    "digit_accuracy": "pcpo_fast.digits.rewards:accuracy",
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:incompressibility",
 }
 
 
 class RewardError(ValueError):
-    """A reward cannot score what it is given, or returned something that is no score."""
+    """A reward cannot score its images or prompts, or its result is not a score per image."""
 
 
 class RewardSet:
-    """Several rewards and their weighted sum.
+    """Several rewards and their weighted sum. They are found and checked when the set is made.
 
     Args:
-        specs: each `name`, `module:function`, or one of them with `=weight` behind it; the weight is 1 otherwise.
+        rewards: a sequence of specs, each a `name`, `module:function`, or one of them followed by `=weight`; or a
+            mapping from names to functions, or to pairs (function, weight). The weight is 1 where none is given.
+        setting: the setting that the rewards come from, for error messages.
 
     Raises:
-        ValueError: for a name that is not known, a module or function that is not there, a weight that is no finite
-            number, or a reward named twice.
+        SettingError: for an unknown name, a module or function that is not there, a function that does not take
+            (images, prompts), a weight that is not a finite number, or a reward that is named twice.
     """
 
-    def __init__(self, specs: Sequence[str]) -> None:
+    def __init__(
+        self, rewards: Sequence[str] | Mapping[str, Reward | tuple[Reward, float]], *, setting: str = "rewards"
+    ) -> None:
         self.rewards: dict[str, tuple[Reward, float]] = {}
-        for spec in specs:
-            name, _, weight = spec.partition("=")
+        if isinstance(rewards, str):
+            raise SettingError(setting, f"{rewards!r} is a single string; give a list of rewards")
+        given: list[tuple[str, Any]] = []
+        if isinstance(rewards, Mapping):
+            given = list(rewards.items())
+        else:
+            for spec in rewards:
+                name, equals, weight = spec.partition("=")
+                given.append((name, (_find(name, setting), _number(weight) if equals else 1.0)))
+        for name, value in given:
+            reward, weight = value if isinstance(value, tuple) else (value, 1.0)
             if name in self.rewards:
-                raise ValueError(f"the reward {name!r} is named twice; give it once, with the weight you want")
-            self.rewards[name] = (_find(name), _weight(spec, weight))
+                raise SettingError(setting, f"the reward {name!r} is named twice; give it once, with its weight")
+            if not math.isfinite(weight):
+                raise SettingError(
+                    setting, f"the reward {name!r} has a weight that is not a finite number; write {name}=0.5, say"
+                )
+            _check_signature(name, reward, setting)
+            self.rewards[name] = reward, float(weight)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -55,7 +80,7 @@ class RewardSet:
         Raises:
             RewardError: if a reward does not return one number per image; it names the reward.
         """
-        whole = images.isfinite().flatten(1).all(dim=1).cpu()
+        finite = images.isfinite().flatten(1).all(dim=1).cpu()
         scores = {}
         for name, (reward, _) in self.rewards.items():
             # each has a copy of its own, which it may write into
@@ -66,39 +91,59 @@ class RewardSet:
                     f"the reward {name!r} returned shape {tuple(score.shape)} for {len(prompts)} images; it must "
                     "return one number per image"
                 )
-            scores[name] = score.where(whole, math.nan)
+            scores[name] = score.where(finite, math.nan)
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]
         return total, scores
 
 
-def _find(name: str) -> Reward:
+def _find(name: str, setting: str) -> Reward:
     module_name, _, function_name = REWARDS.get(name, name).partition(":")
     if not module_name or module_name.startswith(".") or not function_name:
-        raise ValueError(
-            f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function"
+        raise SettingError(
+            setting,
+            f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function",
         )
+    # a console script, unlike `python -m`, does not look there
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise SettingError(
+            setting,
             f"the reward {name!r} needs the module {error.name!r}, which cannot be imported; install it, or run from "
-            "the folder that holds it"
+            "the folder that holds it",
         ) from error
     reward: Reward | None = getattr(module, function_name, None)
     if reward is None or not callable(reward):
-        raise ValueError(f"the reward {name!r} is not there: module {module_name} has no function {function_name!r}")
+        raise SettingError(
+            setting, f"the reward {name!r} is not there: module {module_name} has no function {function_name!r}"
+        )
     return reward
 
 
-def _weight(spec: str, weight: str) -> float:
-    if "=" not in spec:
-        return 1.0
+def _number(text: str) -> float:
     try:
-        value = float(weight)
+        return float(text)
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise ValueError(f"the reward {spec!r} has no finite number behind '='; write name=0.5, say")
-    return value
+        return math.nan
+
+
+def _check_signature(name: str, reward: Reward, setting: str) -> None:
+    if not callable(reward):
+        raise SettingError(setting, f"the reward {name!r} is {reward!r}; give a function of (images, prompts)")
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:
+        # written in C: only a call can tell
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise SettingError(
+            setting,
+            f"the reward {name!r} has the arguments {signature} and is called with two: write it as a function of "
+            "(images, prompts)",
+        ) from error

@@ -20,7 +20,7 @@ from pcpo_fast.rewards import RewardError
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 IMAGE_SIZE = 32
 
-_CLASSIFIERS = Path(__file__).parent.parent / "assets" / "digits_classifiers"
+CLASSIFIERS = Path(__file__).parent / "classifiers"
 _DIGIT = re.compile(rf"\b(?:{'|'.join(DIGIT_WORDS)}|[0-9])\b", re.IGNORECASE)
 
 
@@ -71,7 +71,7 @@ def load_classifier(which: str, device: str | torch.device = "cpu") -> DigitClas
     # its weights are not drawn, and the random state of the run stays as it is
     with torch.random.fork_rng(devices=()):
         classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(_CLASSIFIERS / f"{which}.safetensors"))
+    classifier.load_state_dict(load_file(CLASSIFIERS / f"{which}.safetensors"))
     return classifier.to(device).eval().requires_grad_(False)
 
 

@@ -1,0 +1,38 @@
+"""The command `pcpo`, and `python -m pcpo_fast`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pcpo_fast import __version__
+
+USAGE = """usage: pcpo COMMAND ...
+
+Commands:
+  train      align a text-to-image model with policy gradients; see pcpo train --help
+
+Options:
+  --help     show this help
+  --version  show the version"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status; 2 for an unknown command."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command == "train":
+        from pcpo_fast.train import main as train
+
+        return train(rest)
+    if command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"pcpo-fast {__version__}")
+    else:
+        print(f"error: there is no command {command!r}\n\n{USAGE}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

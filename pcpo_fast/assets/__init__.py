@@ -1,1 +1,0 @@
-"""Embedded models and the command that rebuilds them."""
