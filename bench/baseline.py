@@ -101,7 +101,6 @@ class BaselineLoop:
         return mean, g * h**0.5
 
     @torch.no_grad()
-    @record_function("sample")
     def sample(self, prompts: list[str]) -> Samples:
         policy, batches = self.policy, []
         for start in range(0, len(prompts), self.sample_batch):
@@ -109,11 +108,12 @@ class BaselineLoop:
             # no prompt's embedding is kept for the next batch
             conditioning = Conditioning.cat([policy.embed(prompt) for prompt in chosen]).to(policy.device)
             states, log_probs = [torch.randn((len(chosen), *policy.latent_shape), device=policy.device)], []
-            for step, timestep in enumerate(self.timesteps):
-                output = self.predict(states[-1], timestep.expand(len(chosen)), conditioning)
-                latents, log_prob = self.scheduler_step(output, step, states[-1])
-                states.append(latents)
-                log_probs.append(log_prob)
+            with record_function("sample"):
+                for step, timestep in enumerate(self.timesteps):
+                    output = self.predict(states[-1], timestep.expand(len(chosen)), conditioning)
+                    latents, log_prob = self.scheduler_step(output, step, states[-1])
+                    states.append(latents)
+                    log_probs.append(log_prob)
             batches.append((torch.stack(states, dim=1), torch.stack(log_probs, dim=1), conditioning))
         states, log_probs, conditioning = zip(*batches, strict=True)
         return Samples(torch.cat(states), torch.cat(log_probs), Conditioning.cat(conditioning))
