@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pcpo_fast import StepTable, ddim_table, sample_noise
+from pcpo_fast import NoiseKey, StepTable, sample_noise
 
 SHAPES = {
     "SD 1.5 512px": (4, 64, 64),
@@ -48,8 +48,7 @@ class Inputs:
     usual_step: UsualStep
     schedule: Tensor
     step: Tensor
-    sample_index: Tensor
-    seed: Tensor
+    key: NoiseKey
     advantages: Tensor
     old_log_prob: Tensor
     # in the model's dtype: the new policy's output, the two that guidance makes (nearly) it from, and the old one
@@ -65,12 +64,12 @@ class Inputs:
     def copy(self) -> Inputs:
         """The same in other memory."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        copies = {
-            name: value.detach().clone().requires_grad_(value.requires_grad)
-            for name, value in fields.items()
-            if isinstance(value, Tensor)
-        }
-        return dataclasses.replace(self, **copies)
+        copies = {name: _copy(value) for name, value in fields.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **copies, key=NoiseKey(*map(_copy, self.key)))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _ddim_step(model_output: Tensor, sample: Tensor, alpha: Tensor, alpha_prev: 
 
 def affine_step(model_output: Tensor, sample: Tensor, schedule: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and std of a step as GRPO's trainers of flow models write it: each of the two tensors times its number."""
-    a, b, std = per_row(schedule[:, :3], step, sample)
+    a, b, std = per_row(schedule, step, sample)
     return sample * a + model_output * b, std
 
 
@@ -158,6 +157,16 @@ def per_row(table: Tensor, step: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(column.view(-1, *[1] * (like.dim() - 1)) for column in table[step].unbind(1))
 
 
+def affine_schedule(table: StepTable) -> Tensor:
+    """float32 (T, 3): a, b and s of each step, for `affine_step`."""
+    return torch.stack([table.sample_coef, table.output_coef, table.std], dim=1).float()
+
+
+def coefficients(table: StepTable, step: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """a, b and s of each row's step as the ops read them, in float64, to be broadcast over its elements."""
+    return per_row(affine_schedule(table).double(), step, like)
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -173,13 +182,13 @@ TIMESTEPS = torch.arange(981, 0, -20)
 
 
 def make_table(device: torch.device) -> StepTable:
-    return ddim_table(ALPHAS, TIMESTEPS).to(device)
+    return StepTable.ddim(ALPHAS, TIMESTEPS, credit="native").to(device)
 
 
 def make_schedule(shape: tuple[int, ...], table: StepTable) -> tuple[UsualStep, Tensor]:
     """How the trainers of the model with this shape of latents write that table's step."""
     if SHAPES["FLUX 1024px"] == shape or SHAPES["SD3.5 1024px"] == shape:
-        return affine_step, table.rows
+        return affine_step, affine_schedule(table)
     previous = (TIMESTEPS - 20).clamp(min=0)
     return ddim_step, torch.stack([ALPHAS[TIMESTEPS], ALPHAS[previous]], dim=1).float().to(table.rows.device)
 
@@ -197,10 +206,11 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
     # the noisier steps, each row another one
     step = (row * 7) % 40
     usual_step, schedule = make_schedule(shape, table)
-    a, b, s = (column.double() for column in per_row(table.rows[:, :3], step, randn()))
+    key = NoiseKey(torch.tensor(seed, device=device), row)
+    a, b, s = coefficients(table, step, randn())
     old, uncond = randn().to(model_dtype), randn().to(model_dtype)
     sample, change = randn(), randn()
-    noise = sample_noise((rows, *shape), table, step, seed=seed, sample_index=row, impl="torch")
+    noise = sample_noise((rows, *shape), table, step, key, impl="torch")
     # every other row moves along its noise: far outside the clip range
     far = (row % 2).view(-1, *[1] * len(shape))
     new = (old.float() + 1e-2 * (change + far * noise)).to(model_dtype)
@@ -213,8 +223,7 @@ def make_inputs(rows: int, shape: tuple[int, ...], device: torch.device, seed: i
         usual_step=usual_step,
         schedule=schedule,
         step=step,
-        sample_index=row,
-        seed=torch.tensor(seed, device=device),
+        key=key,
         advantages=torch.where(row % 4 < 2, 1.0, -1.0) * (0.5 + row / rows),
         old_log_prob=usual_log_prob(old, sample, prev_sample, usual_step, schedule, step),
         model_output=new.requires_grad_(),

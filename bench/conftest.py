@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import measure
 import pytest
-import report
 import torch
-from cases import COMPETITORS, SHAPES, Case, default_device, make_inputs
+
+from bench import measure, report
+from bench.cases import COMPETITORS, SHAPES, Case, default_device, make_inputs
 
 STARTED = time.perf_counter()
 # per group of competitors, of timing alone
@@ -25,6 +25,11 @@ def pytest_addoption(parser):
         const=str(report.RESULTS),
         help="write JSON, Markdown and a picture to a folder per device in this one (default: bench/results)",
     )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        help="one shape, timed for a moment: to check the benchmarks themselves",
+    )
     group.addoption("--time-budget", type=float, help="seconds after which no further case is begun")
 
 
@@ -33,21 +38,25 @@ def pytest_configure(config):
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
 
 
-def pytest_collection_modifyitems(items):
-    def priority(item):
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        return case.priority if case else -1
+def pytest_collection_modifyitems(config, items):
+    def case_of(item):
+        return item.callspec.params.get("case") if hasattr(item, "callspec") else None
 
     # what matters most first, should the time run out
-    items.sort(key=priority)
+    items.sort(key=lambda item: case_of(item).priority if case_of(item) else -1)
+    if config.getoption("--quick"):
+        kept = [item for item in items if case_of(item) is None or case_of(item).shape == next(iter(SHAPES))]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
 
 
 class Suite:
     """Checks and measures the competitors of one case at a time, and keeps what was measured."""
 
-    def __init__(self, budget: float | None) -> None:
+    def __init__(self, budget: float | None, quick: bool) -> None:
         self.device = default_device()
         self.budget = budget
+        self.seconds = 0.1 if quick else SECONDS_PER_GROUP[self.device.type]
         self.copy_bandwidth = measure.copy_bandwidth(self.device)
         self.cannot_compile = _why_not_compile(self.device)
         self.records: list[dict[str, Any]] = []
@@ -119,9 +128,7 @@ class Suite:
             for name, call in calls.items()
         }
         # a copy of as many bytes takes turns with them, for comparison
-        times = measure.take_turns(
-            {**calls, "copy": measure.copy_call(floor // 8)}, slots, SECONDS_PER_GROUP[self.device.type]
-        )
+        times = measure.take_turns({**calls, "copy": measure.copy_call(floor // 8)}, slots, self.seconds)
         for name, measured in times.items():
             peak, launched = resources.get(name, (None, None))
             eager = times["eager"].seconds if "eager" in times else None
@@ -160,7 +167,7 @@ def _why_not_compile(device: torch.device) -> str | None:
 def suite(request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    suite = Suite(request.config.getoption("--time-budget"))
+    suite = Suite(request.config.getoption("--time-budget"), request.config.getoption("--quick"))
     request.config.stash[SUITE] = suite
     yield suite
     torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ SITE=$(mktemp -d) || exit 1
 trap 'rm -rf "$SITE"' EXIT
 mkdir "$SITE/pcpo_fast"
 ln -s "$PWD"/pcpo_fast/* "$PWD/kernels" "$PWD/reference" "$SITE/pcpo_fast/"
+ln -s "$PWD/bench" "$SITE/bench"
 # PYTHONSAFEPATH keeps this folder, where the package is not whole, off the path
 export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 
@@ -54,11 +55,14 @@ print(f"{device}, torch {torch.__version__}, triton {triton.__version__}, pcpo_f
     part tests "$TESTS_SECONDS" "$PYTHON" -m pytest --junitxml "$OUT/tests.xml" --durations 5 -p no:cacheprovider \
         tests/test_gpu.py tests/test_gpu_rollout.py tests/test_policy_loss.py tests/test_sampler_step.py \
         tests/test_step_log_prob.py tests/test_philox.py tests/test_ops.py
-    part ops $((OPS_SECONDS + 20)) "$PYTHON" -m pytest bench -p no:cacheprovider --save-results "$OUT" \
-        --time-budget "$OPS_SECONDS" --ignore bench/test_training.py --ignore bench/test_memory.py
-    part training "$TRAINING_SECONDS" "$PYTHON" -m pytest bench/test_training.py -p no:cacheprovider --save-results "$OUT"
-    part memory 300 "$PYTHON" -m pytest bench/test_memory.py -p no:cacheprovider --save-results "$OUT"
-    part settings $((SETTINGS_SECONDS + 15)) "$PYTHON" bench/tune.py --seconds "$SETTINGS_SECONDS" --output "$OUT/tune.json"
+    part ops $((OPS_SECONDS + 20)) "$PYTHON" -m pytest "$SITE/bench" -c pyproject.toml -p no:cacheprovider --save-results "$OUT" \
+        --time-budget "$OPS_SECONDS" --ignore "$SITE/bench/test_training.py" \
+        --ignore "$SITE/bench/test_memory.py"
+    part training "$TRAINING_SECONDS" "$PYTHON" -m pytest "$SITE/bench/test_training.py" -c pyproject.toml \
+        -p no:cacheprovider --save-results "$OUT"
+    part memory 300 "$PYTHON" -m pytest "$SITE/bench/test_memory.py" -c pyproject.toml \
+        -p no:cacheprovider --save-results "$OUT"
+    part settings $((SETTINGS_SECONDS + 15)) "$PYTHON" -m bench.tune --seconds "$SETTINGS_SECONDS" --output "$OUT/tune.json"
     echo
     if [ ${#failed[@]} -gt 0 ]; then
         printf 'FAILED: %s\n' "${failed[@]}"

@@ -1,4 +1,9 @@
-"""What a run of the benchmarks says: records, a Markdown table, a picture, and a folder per device."""
+"""What a run of the benchmarks says: records, a Markdown table, a picture, and a folder per device.
+
+    python -m bench.report [folder ...]
+
+draws the tables and pictures of saved results again; by default of all folders in bench/results.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,17 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import COMPETITORS, SHAPES, Case, dtypes
-from measure import Measured
 
-RESULTS = Path(__file__).parent / "results"
+from bench.cases import COMPETITORS, SHAPES, Case, dtypes
+from bench.measure import Measured
+
+RESULTS = Path(__file__).resolve().parent / "results"
 # colours that the colour-blind tell apart (Okabe and Ito)
 COLOURS = {"eager": "#999999", "compile": "#E69F00", "ours-torch": "#56B4E9", "ours-triton": "#0072B2"}
 HEADINGS = ["rows", "competitor", "median µs", "p20-p80 µs", "GB/s", "of copy", "vs eager", "peak MiB"]
@@ -79,7 +86,7 @@ def results(
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "model_output_dtype": model_dtype,
         "latent_dtype": latent_dtype,
@@ -109,11 +116,11 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
-def _commit() -> str | None:
-    """The commit, with a + behind it if files of the package or of the benchmarks differ from it."""
+def commit() -> str | None:
+    """The commit, with a + after it if files of the package or of the benchmarks differ from it."""
 
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent.parent
+        folder = RESULTS.parent.parent
         return subprocess.run(
             ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
@@ -229,10 +236,15 @@ def save(results: dict[str, Any], folder: Path) -> Path:
     """Writes results.json, results.md and benchmark.png to the device's own folder, and returns that."""
     folder = device_folder(folder, torch.device(results["kind"]))
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, folder)
+    return folder
+
+
+def draw(results: dict[str, Any], folder: Path) -> None:
+    """Writes results.md and benchmark.png to a folder."""
     (folder / "results.md").write_text(markdown(results))
     if results["cases"]:
         picture(results, folder / "benchmark.png")
-    return folder
 
 
 def picture(results: dict[str, Any], path: Path) -> None:
@@ -306,3 +318,9 @@ def picture(results: dict[str, Any], path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:] or sorted(path.parent for path in RESULTS.glob("*/results.json"))):
+        draw(json.loads((path / "results.json").read_text()), path)
+        print(f"written: {path}/results.md")

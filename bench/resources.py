@@ -3,7 +3,7 @@
 Every kernel is compiled for every entry of the launch table and every target. A stand-in driver names the target, so
 this runs anywhere; the kernels must not have been decorated for the interpreter (TRITON_INTERPRET unset).
 
-    python bench/resources.py [--json] [target ...]        targets: sm_80 sm_90 sm_100 gfx942
+    python -m bench.resources [--json] [target ...]        targets: sm_80 sm_90 sm_100 gfx942
 """
 
 import argparse
@@ -120,7 +120,7 @@ def resources(target: str) -> list[dict]:
             numel = entry.longest or 262_144
             settings, splits = launch(numel)
             compiled = kernel.warmup(*arguments, numel, **constants, **settings, grid=(splits,))
-            name = kernel.fn.__name__.strip("_").removesuffix("_kernel").removesuffix("_fwd")
+            name = kernel.fn.__name__.removesuffix("_kernel").removesuffix("_fwd")
             row = {"kernel": name, "case": case, "block": entry.block, "warps": entry.num_warps}
             row |= {"bytes_read": read, "bytes_written": written, "shared": compiled.metadata.shared}
             rows.append(row | inspect(compiled, entry.block))

@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import default_device, make_inputs
-from measure import RecordedTimes, peak_extra_bytes, take_turns
-from test_policy_loss import FORWARD, GRADIENT, GUIDED, KEY, STATES
-from test_sampler_step import DRAWN, GIVEN, RETURNED
-from test_step_log_prob import RATIO, WITH_GRADIENT
+
+from bench.cases import default_device, make_inputs
+from bench.measure import RecordedTimes, peak_extra_bytes, take_turns
+from bench.test_policy_loss import FORWARD, GRADIENT, GUIDED, KEY, STATES, WITHOUT_OLD
+from bench.test_sampler_step import DRAWN, GIVEN, RETURNED
+from bench.test_step_log_prob import RATIO, WITH_GRADIENT
 
 MIB = 2**20
-OPS = (FORWARD, GRADIENT, STATES, KEY, GUIDED, GIVEN, DRAWN, RETURNED, WITH_GRADIENT, RATIO)
+OPS = (FORWARD, GRADIENT, STATES, KEY, WITHOUT_OLD, GUIDED, GIVEN, DRAWN, RETURNED, WITH_GRADIENT, RATIO)
 
 
 def test_peak_memory_is_the_peak_and_not_the_total():

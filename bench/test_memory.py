@@ -6,7 +6,6 @@ docs/performance.md for what came out. `pytest bench/test_memory.py --save-resul
 """
 
 import contextlib
-import dataclasses
 import gc
 import json
 import math
@@ -14,11 +13,12 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import report
 import torch
-from cases import default_device
-from measure import PeakMemory, held_bytes
-from models import PARTS, REDUCED, TEXT_ENCODERS, make_parts, make_pipeline
+
+from bench import report
+from bench.cases import default_device
+from bench.measure import PeakMemory, held_bytes
+from bench.models import PARTS, REDUCED, TEXT_ENCODERS, make_parts, make_pipeline
 
 LATENT = (16, 64, 64)
 SIDE = 512
@@ -40,15 +40,14 @@ MODEL = "sd35"
 
 
 def make_trainer(variant, device, folder):
-    from pcpo_fast.config import PRESETS
-    from pcpo_fast.policies import StableDiffusion3Policy
+    from pcpo_fast.policies.stable_diffusion_3 import StableDiffusion3Policy
+    from pcpo_fast.presets import PRESETS
     from pcpo_fast.rollout import RolloutEngine
     from pcpo_fast.trainer import Trainer
 
     prompts = folder / "prompts.txt"
     prompts.write_text("a cat\n")
-    config = dataclasses.replace(
-        PRESETS[MODEL],
+    config = PRESETS[MODEL].replace(
         device=device.type,
         dtype="bf16" if device.type == "cuda" else "fp32",
         release_text_encoders="text encoders kept" not in without(variant),
@@ -61,10 +60,10 @@ def make_trainer(variant, device, folder):
         # every micro-batch takes the same, and every optimiser step after the first: a few are enough
         timestep_fraction=1 / STEPS,
         gradient_accumulation_steps=2,
-    ).resolved()
-    policy = StableDiffusion3Policy(make_pipeline(MODEL, device), config, device)
-    if "images decoded at once" in without(variant):
-        policy.decode_batch = GROUP
+    )
+    decode_batch = GROUP if "images decoded at once" in without(variant) else MICRO_BATCH
+    pipeline = make_pipeline(MODEL, device)
+    policy = StableDiffusion3Policy(pipeline, config.model, decode_batch=decode_batch, keep_reference=False)
     trainer = Trainer(config, policy, folder)
     # what a graph runs cannot be patched, and its memory is not in the allocator's peak
     trainer.engine = RolloutEngine(policy, MICRO_BATCH, graphs=False)
@@ -94,8 +93,6 @@ def noise_kept():
 
 def epoch_bytes(variant, device, folder):
     """Peak bytes of every phase and of the epoch, weights included; and what the rollout leaves for the update."""
-    from pcpo_fast.trainer import Signals
-
     if device.type == "cuda":
         torch.cuda.empty_cache()
         # they are of the size that the first to need them asked for, and stay
@@ -111,13 +108,13 @@ def epoch_bytes(variant, device, folder):
 
         return marked
 
-    trainer._rollout = phase("rollout", trainer._rollout)
+    trainer.engine = phase("rollout", trainer.engine)
     trainer.policy.decode = phase("decode", trainer.policy.decode)
     trainer.rewards = phase("reward", trainer.rewards)
     trainer.update = phase("update", trainer.update)
     before = held_bytes(device) - others
     with noise_kept() if "noise kept" in without(variant) else contextlib.nullcontext(), memory:
-        record = trainer.run_epoch(Signals())
+        record = trainer.update(trainer.collect())
     assert record["reward/not_finite"] == record["update/skipped_steps"] == 0
     peaks = {name: before + memory.phases[name] for name in PHASES} | {"epoch": before + memory.peak}
     return peaks | {"left by the rollout": memory.left["rollout"]}

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+
+from bench.cases import (
     CLIP_RANGE,
     COMPETITORS,
     GUIDANCE,
@@ -22,9 +23,8 @@ from cases import (
     row_rms,
     usual_log_prob,
 )
-from measure import RECORDED
-
-from pcpo_fast import policy_loss
+from bench.measure import RECORDED
+from pcpo_fast import Guidance, StoredStates, policy_loss
 from pcpo_fast.reference.policy_loss import policy_loss_oracle
 
 # the usual steps that can be had for less
@@ -70,14 +70,16 @@ def usual_guided_gradients(i: Inputs, formula) -> Outputs:
 
 
 def our_loss(i: Inputs, impl: str, model_output="model_output", source="noise", **settings) -> Outputs:
-    if source == "key":
-        settings |= {"seed": i.seed, "sample_index": i.sample_index}
-    elif source == "states":
-        settings |= {"sample": i.sample, "prev_sample": i.prev_sample}
+    noise = {
+        "noise": i.noise,
+        "key": i.key,
+        "states": StoredStates(i.sample, i.prev_sample),
+        "states and key": StoredStates(i.sample, i.prev_sample, i.key),
+    }[source]
     out = policy_loss(
         getattr(i, model_output),
-        i.old_model_output,
-        i.noise if source == "noise" else None,
+        None if source == "states and key" else i.old_model_output,
+        noise,
         i.table,
         i.step,
         i.advantages,
@@ -95,13 +97,18 @@ def our_gradient(i: Inputs, impl: str, source: str = "noise") -> Outputs:
 
 
 def our_guided_gradients(i: Inputs, impl: str) -> Outputs:
-    outputs = our_loss(i, impl, "cond_output", uncond_output=i.uncond_output, guidance_scale=GUIDANCE)
+    outputs = our_loss(i, impl, "cond_output", guidance=Guidance(i.uncond_output, GUIDANCE))
     cond, uncond = torch.autograd.grad(outputs["loss"], (i.cond_output, i.uncond_output))
     return {**outputs, "cond_gradient": cond, "uncond_gradient": uncond}
 
 
 def check(i: Inputs, outputs: Outputs, competitor: str) -> None:
     check_at(i.model_output, i, outputs)
+
+
+def check_without_old(i: Inputs, outputs: Outputs, competitor: str) -> None:
+    # the rounding of the stored x' stands in the place of the old output's
+    check_at(i.model_output, i, outputs, slack=1e-7)
 
 
 def check_guided(i: Inputs, outputs: Outputs, competitor: str) -> None:
@@ -121,8 +128,9 @@ def check_guided(i: Inputs, outputs: Outputs, competitor: str) -> None:
 def check_at(model_output: torch.Tensor, i: Inputs, outputs: Outputs, slack: float = 0.0) -> torch.Tensor:
     """Checks against float64 and returns its gradient with respect to the model's output. `slack`: of a log-ratio."""
     new = model_output.detach().double().requires_grad_()
-    arguments = (i.old_model_output, i.noise, i.table.rows, i.step, i.advantages)
-    loss, log_ratio, clipped = policy_loss_oracle(new, *arguments, objective="ppo", clip_range=CLIP_RANGE)
+    arguments = (i.old_model_output, i.noise, i.table.rows, i.step, i.advantages, i.table.weight)
+    rows = policy_loss_oracle(new, *arguments, objective="ppo", clip_range=(CLIP_RANGE, CLIP_RANGE))
+    loss, log_ratio, clipped = rows["loss"].mean(), rows["log_ratio"], rows["clipped"]
     (gradient,) = torch.autograd.grad(loss, new)
     assert 0 < clipped.sum() < len(clipped)
     # exp of a difference of float32 log-probabilities of order 1 is right to about 1e-6
@@ -167,6 +175,14 @@ KEY = dataclasses.replace(
     reads=("model_output", "old_model_output"),
     ours=functools.partial(our_gradient, source="key"),
 )
+# what trainers that keep states have: the old output is made of them
+WITHOUT_OLD = dataclasses.replace(
+    GRADIENT,
+    name="policy loss with gradient, without the old output",
+    reads=("model_output", "sample", "prev_sample"),
+    ours=functools.partial(our_gradient, source="states and key"),
+    check=check_without_old,
+)
 GUIDED = dataclasses.replace(
     GRADIENT,
     name="policy loss with two gradients through guidance",
@@ -181,6 +197,6 @@ GUIDED = dataclasses.replace(
 
 @pytest.mark.benchmark(timer=RECORDED.read)
 @pytest.mark.parametrize("competitor", COMPETITORS)
-@pytest.mark.parametrize("case", cases(GRADIENT, FORWARD, variants=(LEAN_GRADIENT, STATES, KEY, GUIDED)))
+@pytest.mark.parametrize("case", cases(GRADIENT, FORWARD, variants=(LEAN_GRADIENT, STATES, KEY, WITHOUT_OLD, GUIDED)))
 def test_policy_loss(case, competitor, suite, benchmark):
     suite.run(case, competitor, benchmark)

@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
-import report
 import torch
-from cases import affine_step, default_device, make_table, per_row, usual_log_prob
 
+from bench import report
+from bench.cases import affine_schedule, affine_step, coefficients, default_device, make_table, usual_log_prob
 from pcpo_fast import policy_loss, sampler_step
 
 SHAPE = (4, 64, 64)
@@ -28,13 +28,14 @@ METHODS = {
     "difference": ("difference form: pcpo_fast.policy_loss", 4e-8, 2e-5),
 }
 COLOURS = {"bf16": "#D55E00", "fp32": "#E69F00", "difference": "#0072B2"}
-FIGURE = Path(__file__).parent.parent / "docs" / "images" / "precision.png"
+FIGURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "precision.png"
 
 
 def true_log_ratio(new, old, sample, prev_sample, table, step):
     """From stored inputs, all of them taken as they are, in float64."""
+    schedule = affine_schedule(table).double()
     new_log_prob, old_log_prob = (
-        usual_log_prob(m.double(), sample.double(), prev_sample.double(), affine_step, table.rows.double(), step)
+        usual_log_prob(m.double(), sample.double(), prev_sample.double(), affine_step, schedule, step)
         for m in (new, old)
     )
     return new_log_prob - old_log_prob
@@ -42,7 +43,7 @@ def true_log_ratio(new, old, sample, prev_sample, table, step):
 
 def true_difference_form(new, old, noise, table, step):
     """The same from the noise: what `policy_loss` is given."""
-    weight = table.rows[step, 3].double()
+    weight = table.weight[step]
     e, z = (new.double() - old.double()).flatten(1), noise.double().flatten(1)
     return -(weight * (e * z).mean(1) + weight**2 * e.square().mean(1) / 2)
 
@@ -69,13 +70,13 @@ def study(device):
             generator = torch.Generator().manual_seed(index)
             old, sample, noise = (torch.randn(SEEDS, *SHAPE, generator=generator).to(device) for _ in range(3))
             step = torch.full((SEEDS,), index, device=device)
-            weight = table.rows[step, 3].double()
+            weight = table.weight[step]
             new = changed_output(old, noise, weight, target, generator)
             step_errors = {
                 "bf16": _bf16_error(new, old, sample, noise, table, step),
                 "fp32": _fp32_error(new, old, sample, noise, table, step),
             }
-            stored = sampler_step(old, sample, table, step, noise=noise)
+            stored = sampler_step(old, sample, table, step, noise)
             ours = policy_loss(new, old, stored.noise, table, step, torch.ones(SEEDS, device=device)).log_ratio
             truth = true_difference_form(new, old, stored.noise, table, step)
             from_states = true_log_ratio(new, old, sample, stored.prev_sample, table, step)
@@ -95,21 +96,21 @@ def relative(value, truth):
 
 def _fp32_error(new, old, sample, noise, table, step):
     """Both log-probabilities in float32, of the same stored float32 latents."""
-    prev_sample = sampler_step(old, sample, table, step, noise=noise).prev_sample
+    prev_sample = sampler_step(old, sample, table, step, noise).prev_sample
     new_log_prob, old_log_prob = (
-        usual_log_prob(m, sample, prev_sample, affine_step, table.rows, step) for m in (new, old)
+        usual_log_prob(m, sample, prev_sample, affine_step, affine_schedule(table), step) for m in (new, old)
     )
     return relative(new_log_prob - old_log_prob, true_log_ratio(new, old, sample, prev_sample, table, step))
 
 
 def _bf16_error(new, old, sample, noise, table, step):
     """The rollout takes the old log-probability of x', then stores x' in bf16, of which training takes the new one."""
-    a, b, s = per_row(table.rows[:, :3], step, sample)
+    a, b, s = (column.float() for column in coefficients(table, step, sample))
     sample = sample.bfloat16().float()
     prev_sample = a * sample + b * old + s * noise
-    old_log_prob = usual_log_prob(old, sample, prev_sample, affine_step, table.rows, step)
+    old_log_prob = usual_log_prob(old, sample, prev_sample, affine_step, affine_schedule(table), step)
     stored = prev_sample.bfloat16().float()
-    new_log_prob = usual_log_prob(new, sample, stored, affine_step, table.rows, step)
+    new_log_prob = usual_log_prob(new, sample, stored, affine_step, affine_schedule(table), step)
     # of rounded latents a row's true log-ratio may happen to be near 0: relative to what it was before rounding
     size = true_log_ratio(new, old, sample, prev_sample, table, step).abs()
     error = (new_log_prob - old_log_prob).double() - true_log_ratio(new, old, sample, stored, table, step)

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from cases import (
+
+from bench.cases import (
     COMPETITORS,
     GUIDANCE,
     Inputs,
@@ -15,14 +16,13 @@ from cases import (
     assert_close,
     cases,
     check_guided_output,
+    coefficients,
     gaussian_log_prob,
     guidance_slack,
     guided,
-    per_row,
 )
-from measure import RECORDED
-
-from pcpo_fast import sample_noise, sampler_step
+from bench.measure import RECORDED
+from pcpo_fast import Guidance, sample_noise, sampler_step
 
 
 def formula(cond_output, uncond_output, sample, usual_step, schedule, step, noise):
@@ -49,17 +49,15 @@ def usual_drawn(i: Inputs, formula) -> Outputs:
 
 
 def our_step(i: Inputs, impl: str, *, drawn: bool, return_noise: bool = False) -> Outputs:
-    source = {"seed": i.seed, "sample_index": i.sample_index} if drawn else {"noise": i.noise}
     out = sampler_step(
         i.cond_output,
         i.sample,
         i.table,
         i.step,
-        uncond_output=i.uncond_output,
-        guidance_scale=GUIDANCE,
+        i.key if drawn else i.noise,
+        guidance=Guidance(i.uncond_output, GUIDANCE),
         return_noise=return_noise,
         impl=impl,
-        **source,
     )
     outputs = {"prev_sample": out.prev_sample, "guided": out.model_output, "log_prob": out.log_prob}
     return {**outputs, "noise": out.noise} if return_noise else outputs
@@ -69,7 +67,7 @@ def check_step(i: Inputs, outputs: Outputs, competitor: str) -> tuple[torch.Tens
     """Checks all but where the noise comes from; returns that of the stored x' in float64 and its tolerance."""
     model_output = outputs["guided"]
     check_guided_output(i, model_output)
-    a, b, s = (column.double() for column in per_row(i.table.rows[:, :3], i.step, i.sample))
+    a, b, s = coefficients(i.table, i.step, i.sample)
     assert outputs["prev_sample"].dtype == i.sample.dtype
     noise = (outputs["prev_sample"].double() - a * i.sample - b * model_output.double()) / s
     # torch.compile goes on with what it has not yet rounded
@@ -92,8 +90,7 @@ def check_given(i: Inputs, outputs: Outputs, competitor: str) -> None:
 def check_drawn(i: Inputs, outputs: Outputs, competitor: str) -> None:
     noise, slack = check_step(i, outputs, competitor)
     if competitor.startswith("ours"):
-        key = {"seed": i.seed, "sample_index": i.sample_index}
-        drawn = sample_noise(tuple(noise.shape), i.table, i.step, impl="torch", **key).double()
+        drawn = sample_noise(tuple(noise.shape), i.table, i.step, i.key, impl="torch").double()
         assert_close("noise of prev_sample", noise, drawn, scale=slack, tolerance=1.0)
     # six standard errors of the mean and of the variance
     assert noise.mean().abs() < 6 / noise.numel() ** 0.5

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from cases import COMPETITORS, Inputs, Op, Outputs, assert_close, cases, row_rms, usual_log_prob
-from measure import RECORDED
 
+from bench.cases import COMPETITORS, Inputs, Op, Outputs, assert_close, cases, row_rms, usual_log_prob
+from bench.measure import RECORDED
 from pcpo_fast import step_log_prob, step_log_ratio
 from pcpo_fast.reference.policy_loss import policy_loss_oracle
 from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
@@ -45,7 +45,8 @@ def check(i: Inputs, outputs: Outputs, competitor: str) -> None:
 
 def check_ratio(i: Inputs, outputs: Outputs, competitor: str) -> None:
     m = i.model_output.detach().double().requires_grad_()
-    _, log_ratio, _ = policy_loss_oracle(m, i.old_model_output, i.noise, i.table.rows, i.step, i.advantages)
+    arguments = (i.old_model_output, i.noise, i.table.rows, i.step, i.advantages, i.table.weight)
+    log_ratio = policy_loss_oracle(m, *arguments)["log_ratio"]
     (gradient,) = torch.autograd.grad(log_ratio, m, i.advantages.double())
     # subtracting leaves the rounding of log-probabilities of order 1
     scale = 1e-3 * log_ratio.detach().abs() + 1e-8 if competitor.startswith("ours") else 1e-5

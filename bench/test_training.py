@@ -1,4 +1,4 @@
-"""An epoch from end to end: this package's loop and the one that popular trainers share, on the same model.
+"""An epoch from end to end: this package's loop and the baseline's, on the same model.
 
 On a CPU with the embedded models, on a GPU with the structure of Stable Diffusion 1.5, XL and 3.5 medium and random
 weights. The loops take turns, and a speed-up is the median over rounds of the ratio within one. See
@@ -18,56 +18,55 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import report
 import torch
-from cases import default_device
-from measure import PeakMemory
-from popular import PopularLoop
+from torch.profiler import record_function
+
+from bench import report
+from bench.baseline import BaselineLoop
+from bench.cases import default_device
+from bench.measure import PeakMemory
 
 ROUNDS = {"cpu": 3, "cuda": 2}
 # images per call in sampling and in training, as published: DDPO's settings for a large machine, and DanceGRPO's
-DDPO, DANCE = "popular, 8 and 4 images a call", "popular, an image a call"
-POPULAR = {DDPO: (8, 4), DANCE: (1, 1)}
-SAME_BATCH = "popular, our batches"
+DDPO, DANCE = "baseline, 8 and 4 images a call", "baseline, an image a call"
+BASELINES = {DDPO: (8, 4), DANCE: (1, 1)}
+SAME_BATCH = "baseline, our batches"
 OURS = "ours"
-PARTS = (
-    "denoiser, sampling",
-    "sampler step",
-    "decoder",
-    "reward",
-    "denoiser, training",
-    "backward",
-    "loss",
-    "optimiser",
-)
-# of the popular loop with DDPO's batches, in images per second
+# the parts of an epoch, as both loops name them for profilers
+SPANS = ("sample", "decode", "reward", "forward", "backward", "optimizer")
+# over the baseline with DDPO's batches, in images per second
 LEAST_SPEEDUP = {"digits": 1.5, "digits-flow": 1.5, "sd15": 1.5}
 LEAST_AT_THE_SAME_BATCH = 0.9
-# of a bare replay of the denoiser, a rollout's step
+# a rollout's step, as a multiple of a bare replay of the denoiser
 MOST_OVERHEAD, LEAST_OVER_EAGER = 1.03, 1.3
 
 
 class Clock:
-    """Seconds of named parts of a loop; on a GPU by events, read when asked."""
+    """Seconds of the `torch.profiler.record_function` spans of a loop; on a GPU by events, read when asked.
+
+    A profile would have the same spans and slow the loop down by what it records of every operator.
+    """
 
     def __init__(self, device):
-        self.device, self.parts = device, defaultdict(list)
+        self.device, self.times = device, defaultdict(list)
 
     @contextlib.contextmanager
-    def part(self, name):
-        start = self._now()
-        yield
-        self.parts[name].append((start, self._now()))
+    def running(self):
+        """Times every span that begins and ends inside."""
+        clock, began = self, {}
 
-    def timed(self, name, call):
-        """`call` under the name, or under one for each, with gradients and without."""
+        def enter(span):
+            began[span] = clock._now()
+            return span
 
-        def wrapped(*arguments, **settings):
-            chosen = name if isinstance(name, str) else name[torch.is_grad_enabled()]
-            with self.part(chosen):
-                return call(*arguments, **settings)
+        def leave(span, *error):
+            clock.times[span.name].append((began.pop(span), clock._now()))
 
-        return wrapped
+        with (
+            mock.patch.object(record_function, "__enter__", enter),
+            mock.patch.object(record_function, "__exit__", leave),
+        ):
+            yield
 
     def _now(self):
         if self.device.type == "cpu":
@@ -79,8 +78,8 @@ class Clock:
     def seconds(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            return {name: sum(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in self.parts.items()}
-        return {name: sum(b - a for a, b in pairs) for name, pairs in self.parts.items()}
+            return {name: sum(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in self.times.items()}
+        return {name: sum(b - a for a, b in pairs) for name, pairs in self.times.items()}
 
 
 class OurLoop:
@@ -88,60 +87,28 @@ class OurLoop:
         from pcpo_fast.rollout import RolloutEngine
 
         self.trainer = trainer
-        self.engine = RolloutEngine(trainer.policy, trainer.config.micro_batch_size, graphs=graphs)
+        self.engine = RolloutEngine(trainer.policy, trainer.config.run.micro_batch_size, graphs=graphs)
 
     def epoch(self):
-        from pcpo_fast.trainer import Signals
-
         self.trainer.engine = self.engine
-        self.trainer.run_epoch(Signals())
-
-    @contextlib.contextmanager
-    def split(self, clock):
-        trainer = self.trainer
-        with contextlib.ExitStack() as stack:
-            for owner, name, part in (
-                (trainer.policy, "predict", ("denoiser, sampling", "denoiser, training")),
-                (trainer.policy, "decode", "decoder"),
-                (trainer, "rewards", "reward"),
-                (trainer, "_optimizer_step", "optimiser"),
-            ):
-                stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-            from pcpo_fast import rollout
-            from pcpo_fast import trainer as module
-
-            stack.enter_context(
-                mock.patch.object(rollout, "sampler_step", clock.timed("sampler step", rollout.sampler_step))
-            )
-            stack.enter_context(mock.patch.object(module, "policy_loss", clock.timed("loss", module.policy_loss)))
-            stack.enter_context(
-                mock.patch.object(torch.Tensor, "backward", clock.timed("backward", torch.Tensor.backward))
-            )
-            yield
+        self.trainer.update(self.trainer.collect())
 
 
 class TheirLoop:
     def __init__(self, trainer, sample_batch, train_batch):
-        self.trainer, self.loop = trainer, PopularLoop(trainer, sample_batch, train_batch)
+        self.trainer, self.loop = trainer, BaselineLoop(trainer, sample_batch, train_batch)
 
     def epoch(self):
-        prompts = self.trainer._draw_prompts(torch.Generator().manual_seed(0))
+        prompts = first_prompts(self.trainer)
         samples = self.loop.sample(prompts)
         self.loop.update(samples, self.loop.score(samples, prompts))
 
-    @contextlib.contextmanager
-    def split(self, clock):
-        with contextlib.ExitStack() as stack:
-            for owner, name, part in (
-                (self.loop, "predict", ("denoiser, sampling", "denoiser, training")),
-                (self.loop, "scheduler_step", ("sampler step", "loss")),
-                (self.loop, "backward", "backward"),
-                (self.loop, "optimizer_step", "optimiser"),
-                (self.trainer.policy, "decode", "decoder"),
-                (self.trainer, "rewards", "reward"),
-            ):
-                stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
-            yield
+
+def first_prompts(trainer):
+    from pcpo_fast.prompts import draw_prompts
+
+    run = trainer.config.run
+    return draw_prompts(trainer.prompts, run.prompts_per_epoch, run.group_size, torch.Generator().manual_seed(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +124,7 @@ class Study:
 
     @property
     def trained(self):
-        """Steps that draw noise: of flow models all but the last."""
+        """Steps that draw noise: for flow models all but the last."""
         return self.steps - (self.model in ("digits-flow", "sd35"))
 
     @property
@@ -188,14 +155,13 @@ STUDIES = {
 }
 
 
-def make_trainer(study, device, folder):
+def make_trainer(study, device, folder, **settings):
     """With DDPO's or Flow-GRPO's objective, which all loops have; two prompts, one optimiser step an epoch."""
-    from pcpo_fast.config import PRESETS
-    from pcpo_fast.policies import EMBEDDED, POLICIES, load_policy
+    from pcpo_fast.policies import EMBEDDED, find_family, load_policy
+    from pcpo_fast.presets import PRESETS
     from pcpo_fast.trainer import Trainer
 
-    config = dataclasses.replace(
-        PRESETS[study.model],
+    config = PRESETS[study.model].replace(
         device=device.type,
         objective="ppo",
         credit="native",
@@ -203,44 +169,45 @@ def make_trainer(study, device, folder):
         prompts_per_epoch=2,
         group_size=study.images // 2,
         micro_batch_size=study.micro_batch,
-        # the popular loop encodes its prompts again and again
+        # the baseline encodes its prompts again and again
         release_text_encoders=False,
         gradient_accumulation_steps=study.rows // study.micro_batch,
         resolution=study.resolution,
         compile=study.compiled,
-        old_outputs="recompute" if study.compiled else "rollout",
-    ).resolved()
+        **{"old_outputs": "recompute" if study.compiled else "rollout"} | settings,
+    )
     torch.manual_seed(0)
+    arguments = {"decode_batch": study.micro_batch, "keep_reference": False}
     if study.model in EMBEDDED:
-        policy = load_policy(config)
+        policy = load_policy(config.model, **arguments)
     else:
-        from models import make_pipeline
+        from bench.models import make_pipeline
 
         pipeline = make_pipeline(study.model, device, reduced_text=True)
-        policy = POLICIES[type(pipeline).__name__](pipeline, config, device)
+        policy = find_family(type(pipeline).__name__)(pipeline, config.model, **arguments)
     return Trainer(config, policy, folder)
 
 
 def make_loop(study, name, trainer):
     if name.startswith(OURS):
         return OurLoop(trainer, graphs=False if name.endswith("graphs off") else None)
-    return TheirLoop(trainer, *POPULAR.get(name, (study.micro_batch,) * 2))
+    return TheirLoop(trainer, *BASELINES.get(name, (study.micro_batch,) * 2))
 
 
 def assert_same_gradient(study, device, folder):
-    """Of the same samples and rewards: nothing is compared before it is the same work."""
+    """Given the same samples and rewards: nothing is compared before it is the same work."""
+    from pcpo_fast.batch import Batch
     from pcpo_fast.rollout import Trajectory
 
-    trainer = make_trainer(study, device, folder)
     # no row is clipped for a rounding
-    trainer.config.clip_range = 0.5
-    loop = PopularLoop(trainer, study.micro_batch, study.micro_batch)
-    prompts = trainer._draw_prompts(torch.Generator().manual_seed(0))
+    trainer = make_trainer(study, device, folder, clip_range=0.5, old_outputs="recompute")
+    loop = BaselineLoop(trainer, study.micro_batch, study.micro_batch)
+    prompts = first_prompts(trainer)
     samples = loop.sample(prompts)
     advantages = loop.score(samples, prompts)
     parameters = trainer.policy.trainable_parameters()
 
-    def gradients(optimizer, update):
+    def gradient(optimizer, update):
         found = []
         hook = optimizer.register_step_pre_hook(lambda *_: found.append([p.grad.clone() for p in parameters]))
         for group in optimizer.param_groups:
@@ -250,17 +217,19 @@ def assert_same_gradient(study, device, folder):
         (gradient,) = found
         return torch.cat([tensor.flatten() for tensor in gradient]).double()
 
-    theirs = gradients(loop.optimizer, lambda: loop.update(samples, advantages))
+    theirs = gradient(loop.optimizer, lambda: loop.update(samples, advantages))
     distinct = list(dict.fromkeys(prompts))
-    prompt = torch.tensor([distinct.index(name) for name in prompts], device=device)
-    outputs = torch.empty(
-        (len(prompts), study.steps, *trainer.policy.latent_shape), device=device, dtype=trainer.policy.dtype
+    trajectory = Trajectory(
+        states=samples.states,
+        # computed again before the update
+        model_outputs=torch.empty_like(samples.states[:, 1:], dtype=trainer.policy.dtype),
+        prompt=torch.tensor([distinct.index(name) for name in prompts], device=device),
+        conditioning=trainer.policy.encode(distinct),
+        table=trainer.windows.tables[0],
     )
-    trajectory = Trajectory(samples.states, outputs, prompt, trainer.policy.encode(distinct))
-    trainer._recompute_old_outputs(trajectory, list(trainer.micro_batches(len(prompts), torch.Generator())))
-    ours = gradients(
-        trainer.optimizer, lambda: trainer.update(trajectory, advantages, torch.Generator().manual_seed(0))
-    )
+    sampled = {"time/rollout": 0.0, "time/reward": 0.0}
+    batch = Batch(trajectory, advantages, torch.Generator().manual_seed(0), sampled)
+    ours = gradient(trainer.optimizer.adamw, lambda: trainer.update(batch))
     # theirs takes the ratio of exponentials of float32 log-probabilities; on a GPU both add in bfloat16
     assert (ours - theirs).norm() <= (1e-3 if device.type == "cpu" else 3e-2) * theirs.norm()
 
@@ -285,13 +254,11 @@ def measure(study, device, folder):
                 torch.cuda.synchronize()
             found[name]["seconds"].append(time.perf_counter() - start)
     for name, loop in loops.items():
-        # a graph runs what it captured, and none of what is patched
-        if device.type == "cpu" or name.endswith("graphs off") or isinstance(loop, TheirLoop):
-            clock = Clock(device)
-            with clock.part("epoch"), loop.split(clock):
-                loop.epoch()
-            seconds = clock.seconds()
-            found[name]["split"] = {part: seconds.get(part, 0.0) for part in (*PARTS, "epoch")}
+        clock = Clock(device)
+        with clock.running(), record_function("epoch"):
+            loop.epoch()
+        seconds = clock.seconds()
+        found[name]["split"] = {span: seconds.get(span, 0.0) for span in (*SPANS, "epoch")}
     return found
 
 
@@ -318,7 +285,7 @@ class Results:
         return {
             "device": report.device_name(self.device),
             "torch": torch.__version__,
-            "commit": report._commit(),
+            "commit": report.commit(),
             "studies": list(self.studies.values()),
             "rollouts": self.rollouts,
         }
@@ -346,12 +313,12 @@ class Results:
             title = f"{study.label}: {study.images} images, {study.steps} steps, micro-batches of {study.micro_batch}"
             headings = ["loop", "images/s", "rows/s", f"vs {DDPO}", "peak extra MiB"]
             lines += ["", title, "", *report.table(headings, table)]
-            split = {name: found[name]["split"] for name in study.loops if "split" in found[name]}
-            cells = [
-                [name, *(f"{parts[part] / parts['epoch']:.1%}" for part in PARTS), f"{parts['epoch']:.2f}"]
-                for name, parts in split.items()
-            ]
-            lines += ["", *report.table(["loop", *PARTS, "seconds"], cells)]
+            cells = []
+            for name in study.loops:
+                split = found[name]["split"]
+                shares = (f"{split[span] / split['epoch']:.1%}" for span in SPANS)
+                cells.append([name, *shares, f"{split['epoch']:.2f}"])
+            lines += ["", *report.table(["loop", *SPANS, "seconds"], cells)]
         for model, numbers in self.rollouts.items():
             lines += [
                 "",
@@ -371,12 +338,12 @@ class Results:
         figure, axes = plt.subplots(
             1, len(studies), figsize=(6.4 * len(studies), 3.6), layout="constrained", squeeze=False
         )
-        colours = ("#0072B2", "#56B4E9", "#999999", "#CCCCCC", "#D55E00", "#E69F00", "#009E73", "#F0E442", "#E4E4E4")
+        colours = ("#0072B2", "#56B4E9", "#999999", "#D55E00", "#E69F00", "#009E73", "#E4E4E4")
         for axis, study in zip(axes[0], studies, strict=True):
             found = self.studies[study.label]["loops"]
-            names = [name for name in study.loops if "split" in found[name]]
+            names = study.loops
             left = [0.0] * len(names)
-            for part, colour in zip((*PARTS, "the rest"), colours, strict=True):
+            for part, colour in zip((*SPANS, "the rest"), colours, strict=True):
                 widths = [_share(found[name]["split"], part) / study.images * 1e3 for name in names]
                 axis.barh(names, widths, left=left, color=colour, label=part, height=0.62)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -400,7 +367,7 @@ class Results:
 
 
 def _share(split, part):
-    return split["epoch"] - sum(split[name] for name in PARTS) if part == "the rest" else split[part]
+    return split["epoch"] - sum(split[name] for name in SPANS) if part == "the rest" else split[part]
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +389,7 @@ def results(request, tmp_path_factory, summary):
 
 
 @pytest.mark.parametrize("study", STUDIES[default_device().type], ids=lambda study: study.label)
-def test_an_epoch_is_faster_than_the_popular_loops(study, results):
+def test_an_epoch_is_faster_than_the_baseline(study, results):
     found = results.of(study)
     if study.model in LEAST_SPEEDUP:
         assert speedup(found, study.loops[0], DDPO) >= LEAST_SPEEDUP[study.model]
@@ -438,7 +405,7 @@ def test_a_rollout_costs_little_more_than_bare_replays_of_the_denoiser(results, 
 
     device, study = default_device(), Study("sd15", 8, 4, 50, ())
     trainer = make_trainer(study, device, tmp_path)
-    policy, table = trainer.policy, trainer.table
+    policy, table = trainer.policy, trainer.windows.tables[0]
     conditioning = policy.encode(["cat"])
     prompt = torch.zeros(study.micro_batch, dtype=torch.int64, device=device)
 
@@ -479,11 +446,11 @@ def test_a_rollout_costs_little_more_than_bare_replays_of_the_denoiser(results, 
 
 
 def test_the_split_adds_up():
-    """Parts are of the epoch, and none is counted twice."""
+    """Spans lie in the epoch, and no time is counted twice."""
     clock = Clock(torch.device("cpu"))
-    with clock.part("epoch"):
-        for name in PARTS:
-            with clock.part(name):
+    with clock.running(), record_function("epoch"):
+        for name in SPANS:
+            with record_function(name):
                 time.sleep(1e-3)
     seconds = clock.seconds()
-    assert math.isclose(sum(seconds[name] for name in PARTS), seconds["epoch"], rel_tol=0.2)
+    assert math.isclose(sum(seconds[name] for name in SPANS), seconds["epoch"], rel_tol=0.2)

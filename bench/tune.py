@@ -1,6 +1,6 @@
 """Sweeps the launch settings of the two main kernels on the GPU at hand, for whoever edits kernels/launch.py.
 
-    python bench/tune.py [--seconds 45] [--output tune.json]
+    python -m bench.tune [--seconds 45] [--output tune.json]
 
 Each setting's results are checked before it is timed. Nothing is chosen here: the launch table is edited by hand.
 """
@@ -12,14 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-# next to this file; not on the path when Python is told to leave the script's folder off it
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from cases import SHAPES, default_device, make_inputs
-from measure import copy_bandwidth, take_turns
-from test_policy_loss import GRADIENT
-from test_sampler_step import DRAWN
+
+from bench.cases import SHAPES, default_device, make_inputs
+from bench.measure import copy_bandwidth, take_turns
+from bench.test_policy_loss import GRADIENT
+from bench.test_sampler_step import DRAWN
 
 BLOCKS = (1024, 2048, 4096, 8192)
 WARPS = (4, 8, 16)

@@ -6,7 +6,7 @@ combined by guidance, the log-probability of the stored latents under the new me
 norms are read after every step, for logging.
 
 The denoiser, the autoencoder, rewards, advantages and the settings are the given trainer's, so that both do the same
-work on the same model.
+work on the same model. The parts of an epoch have the same names for profilers as the trainer's.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from cases import ddim_step, gaussian_log_prob
 from torch import Tensor
+from torch.profiler import record_function
 
+from bench.cases import ddim_step, gaussian_log_prob
 from pcpo_fast.policies import Conditioning
 from pcpo_fast.trainer import Trainer
 
@@ -28,8 +29,8 @@ class Samples:
     conditioning: Conditioning
 
 
-class PopularLoop:
-    """Of one epoch: `sample`, `score` and `update`, each of which the benchmark times.
+class BaselineLoop:
+    """An epoch is `sample`, `score` and `update`.
 
     Args:
         trainer: its policy is trained; none of its own loop is used.
@@ -40,16 +41,16 @@ class PopularLoop:
     def __init__(self, trainer: Trainer, sample_batch: int, train_batch: int) -> None:
         self.trainer, self.policy, self.config = trainer, trainer.policy, trainer.config
         self.sample_batch, self.train_batch = sample_batch, train_batch
-        config, table = trainer.config, trainer.table
+        table, optimizer, run = trainer.windows.tables[0], self.config.optimizer, self.config.run
         self.optimizer = torch.optim.AdamW(
             self.policy.trainable_parameters(),
-            lr=config.learning_rate or 0.0,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
+            lr=self.config.learning_rate,
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            eps=optimizer.adam_epsilon,
+            weight_decay=optimizer.weight_decay,
         )
-        # an optimiser step takes as many rows as the trainer's
-        self.accumulation = config.gradient_accumulation_steps * config.micro_batch_size // train_batch
+        # an optimizer step takes as many rows as the trainer's
+        self.accumulation = run.gradient_accumulation_steps * run.micro_batch_size // train_batch
         self.timesteps = table.timesteps
         self.trained = [step for step, trainable in enumerate(table.trainable.tolist()) if trainable]
         scheduler = self.policy.pipeline.scheduler
@@ -64,10 +65,10 @@ class PopularLoop:
     def predict(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Both outputs of guidance in one batch, combined in the model's dtype."""
         policy = self.policy
-        if policy._uncond is None:
-            return policy._run(policy.denoiser, sample, timestep, conditioning)
-        both = Conditioning.cat([policy._uncond.expand(len(sample)), conditioning])
-        output = policy._run(policy.denoiser, torch.cat([sample] * 2), torch.cat([timestep] * 2), both)
+        if policy.uncond is None:
+            return policy.run(policy.denoiser, sample, timestep, conditioning)
+        both = Conditioning.cat([policy.uncond.expand(len(sample)), conditioning])
+        output = policy.run(policy.denoiser, torch.cat([sample] * 2), torch.cat([timestep] * 2), both)
         uncond, cond = output.chunk(2)
         return uncond + policy.guidance_scale * (cond - uncond)
 
@@ -104,15 +105,15 @@ class PopularLoop:
         policy, batches = self.policy, []
         for start in range(0, len(prompts), self.sample_batch):
             chosen = prompts[start : start + self.sample_batch]
-            # nothing is remembered of a prompt
-            policy._encoded.clear()
-            conditioning = policy.encode(chosen)
+            # no prompt's embedding is kept for the next batch
+            conditioning = Conditioning.cat([policy.embed(prompt) for prompt in chosen]).to(policy.device)
             states, log_probs = [torch.randn((len(chosen), *policy.latent_shape), device=policy.device)], []
-            for step, timestep in enumerate(self.timesteps):
-                output = self.predict(states[-1], timestep.expand(len(chosen)), conditioning)
-                latents, log_prob = self.scheduler_step(output, step, states[-1])
-                states.append(latents)
-                log_probs.append(log_prob)
+            with record_function("sample"):
+                for step, timestep in enumerate(self.timesteps):
+                    output = self.predict(states[-1], timestep.expand(len(chosen)), conditioning)
+                    latents, log_prob = self.scheduler_step(output, step, states[-1])
+                    states.append(latents)
+                    log_probs.append(log_prob)
             batches.append((torch.stack(states, dim=1), torch.stack(log_probs, dim=1), conditioning))
         states, log_probs, conditioning = zip(*batches, strict=True)
         return Samples(torch.cat(states), torch.cat(log_probs), Conditioning.cat(conditioning))
@@ -120,8 +121,9 @@ class PopularLoop:
     def score(self, samples: Samples, prompts: list[str]) -> Tensor:
         """Advantages, as the trainer has them."""
         images = self.policy.decode(samples.states[:, -1])
-        rewards, _ = self.trainer.rewards(images, prompts)
-        return self.trainer.advantages(rewards, prompts, self.config.group_size).to(self.policy.device)
+        with record_function("reward"):
+            rewards, _ = self.trainer.rewards(images, prompts)
+        return self.trainer.advantages(rewards, prompts, self.config.run.group_size).to(self.policy.device)
 
     def update(self, samples: Samples, advantages: Tensor) -> list[float]:
         losses, done = [], 0
@@ -130,13 +132,16 @@ class PopularLoop:
             conditioning = samples.conditioning[rows]
             for step in self.trained:
                 sample, prev_sample = samples.states[rows, step], samples.states[rows, step + 1]
-                output = self.predict(sample, self.timesteps[step].expand(len(rows)), conditioning)
-                loss = self.loss(output, step, sample, prev_sample, samples.log_probs[rows, step], advantages[rows])
-                self.backward(loss / self.accumulation)
+                with record_function("forward"):
+                    output = self.predict(sample, self.timesteps[step].expand(len(rows)), conditioning)
+                    loss = self.loss(output, step, sample, prev_sample, samples.log_probs[rows, step], advantages[rows])
+                with record_function("backward"):
+                    (loss / self.accumulation).backward()
                 losses.append(loss.item())
                 done += 1
                 if done % self.accumulation == 0:
-                    self.optimizer_step()
+                    with record_function("optimizer"):
+                        self.optimizer_step()
         return losses
 
     def loss(
@@ -144,13 +149,11 @@ class PopularLoop:
     ) -> Tensor:
         _, log_prob = self.scheduler_step(output, step, sample, prev_sample)
         ratio = torch.exp(log_prob - old_log_prob)
-        bounded = torch.clamp(ratio, 1 - self.config.clip_range, 1 + self.config.clip_range)
+        clip_range = self.config.loss.clip_range
+        bounded = torch.clamp(ratio, 1 - clip_range, 1 + clip_range)
         return torch.mean(torch.maximum(-advantages * ratio, -advantages * bounded))
 
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
     def optimizer_step(self) -> None:
-        torch.nn.utils.clip_grad_norm_(self.policy.trainable_parameters(), self.config.max_grad_norm).item()
+        torch.nn.utils.clip_grad_norm_(self.policy.trainable_parameters(), self.config.optimizer.max_grad_norm).item()
         self.optimizer.step()
         self.optimizer.zero_grad()
