@@ -28,16 +28,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from pcpo_fast.columns import COLUMNS
 
-# the schemes that reweight the loss of a given sampler; the builders of samplers know more
-Scheme = Literal["native", "constant", "proportionate"]
+from .checks import Scheme, check_level, checked_steps
+from .ddim import ddim_table
+from .flow import flow_table
+from .schedulers import from_scheduler
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -86,6 +88,10 @@ class StepTable:
     normalized: bool = True
     guard: bool = False
     rows: Tensor = dataclasses.field(init=False)
+
+    ddim = staticmethod(ddim_table)
+    flow = staticmethod(flow_table)
+    from_scheduler = staticmethod(from_scheduler)
 
     def __post_init__(self) -> None:
         timesteps = torch.as_tensor(self.timesteps).detach()
@@ -149,8 +155,9 @@ class StepTable:
 
     @property
     def epsilon_weight(self) -> Tensor:
-        """float64 (T,): `weight` on the epsilon-equivalent output, where the credit of steps is compared."""
-        return self.weight / self.epsilon_scale
+        """float64 (T,): `weight` on the epsilon-equivalent output, where the credit of steps is compared; NaN where
+        there is none."""
+        return torch.where(self.epsilon_scale != 0, self.weight / self.epsilon_scale, math.nan)
 
     @property
     def log_prob_scale(self) -> Tensor:
@@ -168,8 +175,9 @@ class StepTable:
 
     def __getitem__(self, steps: int | slice) -> StepTable:
         """The table of one step, or of a slice of them, with the weights that they have here."""
-        if isinstance(steps, int):
-            steps = slice(range(len(self))[steps], range(len(self))[steps] + 1)
+        if not isinstance(steps, slice):
+            step = range(len(self))[steps]
+            steps = slice(step, step + 1)
         return self._map(lambda column: column[steps])
 
     def __str__(self) -> str:
@@ -268,11 +276,8 @@ class StepTable:
         Raises:
             ValueError: for a step that is no whole number or not in the table.
         """
-        chosen = torch.zeros(len(self), dtype=torch.bool)
-        for step in steps:
-            if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < len(self):
-                raise ValueError(f"step {step!r} is not in the table; choose whole numbers from 0 to {len(self) - 1}")
-            chosen[step] = True
+        chosen = torch.zeros_like(self.trainable)
+        chosen[checked_steps(steps, len(self))] = True
         names = ("sample_coef", "output_coef", "std")
         columns: dict[str, Any] = {
             name: torch.where(chosen, getattr(self, name), getattr(deterministic, name)) for name in names
@@ -299,27 +304,19 @@ class StepTable:
             raise ValueError(
                 f"credit={credit!r} is not known; choose one of {', '.join(get_args(Scheme))}, or a tensor"
             )
-        target = self.target_weight
-        if credit == "native":
-            if target is not None:
-                raise ValueError(
-                    f"target_weight={target} has no meaning with credit='native'; leave it out or choose another credit"
-                )
+        check_level(credit, self.target_weight)
+        if credit == "native" or self.target_weight is not None:
+            return self.target_weight
+        counted = self.trainable & (self.epsilon_scale != 0)
+        if not bool(counted.any()):
             return None
-        if target is None:
-            counted = self.trainable & (self.epsilon_scale != 0)
-            if not bool(counted.any()):
-                return None
-            weight = self.native_weight[counted]
-            if credit == "constant":
-                return float((weight / self.epsilon_scale[counted]).mean())
-            return float(weight.sum() / self.interval[counted].sum())
-        if not (math.isfinite(target) and target > 0):
-            raise ValueError(f"target_weight={target} is not a credit; give a finite number > 0")
-        return target
+        weight = self.native_weight[counted]
+        if credit == "constant":
+            return float((weight / self.epsilon_scale[counted]).mean())
+        return float(weight.sum() / self.interval[counted].sum())
 
     def _column(self, name: str, values: Any) -> Tensor:
-        column = torch.as_tensor(values, device=self.timesteps.device).detach().to(torch.float64)
+        column = torch.as_tensor(values, dtype=torch.float64, device=self.timesteps.device).detach()
         if column.shape != self.timesteps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(column.shape)} and timesteps {tuple(self.timesteps.shape)}; give one number "
@@ -329,7 +326,7 @@ class StepTable:
             raise ValueError(f"{name} has an entry that is not finite; give finite numbers")
         return column
 
-    def _map(self, change: Any) -> StepTable:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> StepTable:
         columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _TENSORS}
         return dataclasses.replace(self, **columns, credit=change(self.weight), target_weight=None)
 
