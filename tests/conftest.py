@@ -1,5 +1,5 @@
+import dataclasses
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pcpo_fast.tables import ddim_table
+from pcpo_fast import StepTable
 
-# the row of `table` that is made deterministic
+# the step of `table` that is deterministic
 DETERMINISTIC = 19
 
 
@@ -26,19 +26,24 @@ def device(impl):
 
 @pytest.fixture
 def table(device):
-    """20 DDIM steps of Stable Diffusion 1.x, the loss's weight not the sampler's own, the last step deterministic."""
+    """20 DDIM steps of Stable Diffusion 1.x with v-prediction, so that no two steps have a weight in common. The loss's
+    weights are not the sampler's own, the intervals are uneven, and the last step is deterministic."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    rows = ddim_table((1 - betas).cumprod(0), torch.arange(951, 0, -50), credit="uniform").rows.clone()
-    rows[DETERMINISTIC, 2:5] = rows[DETERMINISTIC, 7] = 0
-    return SimpleNamespace(rows=rows.to(device))
+    settings = {"prediction_type": "v_prediction", "credit": "constant", "window": (0, DETERMINISTIC)}
+    sampler = StepTable.ddim((1 - betas).cumprod(0), torch.arange(951, 0, -50), **settings)
+    return dataclasses.replace(sampler, interval=torch.linspace(0.02, 0.08, 20)).to(device)
+
+
+@pytest.fixture
+def native_table(table):
+    """The same steps with the sampler's own weights."""
+    return dataclasses.replace(table, credit="native", target_weight=None)
 
 
 @pytest.fixture
 def unnormalized_table(table):
-    """The same, with -(x' - a x - b m)^2 for a log-probability."""
-    rows = table.rows.clone()
-    rows[:, 6], rows[:, 7] = 2 * rows[:, 2] ** 2, 0
-    return SimpleNamespace(rows=rows)
+    """The same steps with -(x' - a x - b m)^2 for a log-probability."""
+    return dataclasses.replace(table, normalized=False)
 
 
 @pytest.fixture
