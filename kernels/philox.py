@@ -114,6 +114,7 @@ def sample_noise_kernel(
     row, offset, start, column, mask = split_of_row(numel, SPLITS, BLOCK)
     sample_index, step = tl.load(sample_index_ptr + row), tl.load(step_ptr + row * step_stride)
     noise = normal_block(seed_ptr, sample_index, step, num_steps, numel, start, BLOCK)
+    noise = tl.where((step >= 0) & (step < num_steps), noise, float("nan"))
     tl.store(noise_ptr + offset + column, noise, mask)
 
 

@@ -135,9 +135,26 @@ def check_per_row(name: str, tensor: Tensor, like: Tensor) -> None:
     check_device(name, tensor, like)
 
 
+def check_table(table: StepTable) -> None:
+    check_type("table", table, StepTable, "give a StepTable, such as StepTable.from_scheduler(...) makes")
+
+
+def check_int(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int")
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Checks the shape of rows that are to be made."""
+    if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(f"shape={shape!r} is a {type(shape).__name__}; give (rows, ...)")
+    if not shape or min(shape) < 1:
+        raise ValueError(f"shape {tuple(shape)} has no rows or no elements; give (rows, ...)")
+
+
 def check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> Tensor:
     """One step index per row, int64 or int32 (rows,)."""
-    check_type("table", table, StepTable, "give a StepTable, such as StepTable.from_scheduler(...) makes")
+    check_table(table)
     check_rows(model_output)
     if table.rows.device != model_output.device:
         raise ValueError(

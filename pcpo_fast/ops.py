@@ -34,9 +34,12 @@ from ._arguments import (
     RowReduction,
     StoredStates,
     check_choice,
+    check_int,
     check_like,
     check_per_row,
+    check_shape,
     check_step,
+    check_table,
     check_tensor,
     check_type,
     detach,
@@ -124,6 +127,7 @@ def sampler_step(
         mean: float32 (rows, ...) a x + b m, or None.
     """
     step = check_step(step, table, model_output)
+    check_tensor("sample", sample)
     source = drawn_arguments(noise, model_output)
     guided = guidance_arguments(guidance, model_output)
     check_like(model_output, sample=sample, noise=source["noise"], uncond_output=guided["uncond_output"])
@@ -175,6 +179,8 @@ def step_log_prob(
         float32 (rows,); 0, with gradient 0, where s = 0.
     """
     step = check_step(step, table, model_output)
+    check_tensor("sample", sample)
+    check_tensor("prev_sample", prev_sample)
     check_like(model_output, sample=sample, prev_sample=prev_sample)
     check_choice("reduction", reduction, Reduction)
     log_prob, _, _ = call(
@@ -357,7 +363,9 @@ def sample_noise(
     Returns:
         float32 of the given shape.
     """
-    check_type("table", table, StepTable, "StepTable.from_scheduler(...) makes one")
+    check_table(table)
+    check_shape(shape)
+    check_int("stream", stream)
     like = table.rows.new_empty((1,)).expand(shape)
     step = check_step(step, table, like)
     # as a signed 64-bit number

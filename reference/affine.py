@@ -29,12 +29,21 @@ def coefficients(table: Tensor, step: Tensor, dtype: torch.dtype) -> dict[str, T
     """
     try:
         rows = table.index_select(0, step)
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"step holds {int(step.min())} ... {int(step.max())} and the table has {len(table)} steps; give indices "
-            f"from 0 to {len(table) - 1}"
-        ) from error
+    except (IndexError, RuntimeError):
+        check_steps(step, len(table))
+        raise
     return dict(zip(COLUMNS, cast(rows, dtype).unbind(1), strict=True))
+
+
+def check_steps(step: Tensor, num_steps: int) -> None:
+    """Raises ValueError for a step that is not in the table; looks at tensors on the CPU alone."""
+    if step.device.type != "cpu":
+        return
+    first, last = (int(end) for end in step.aminmax())
+    if not 0 <= first <= last < num_steps:
+        raise ValueError(
+            f"step holds {first} ... {last} and the table has {num_steps} steps; give indices from 0 to {num_steps - 1}"
+        )
 
 
 def inverse(column: Tensor) -> Tensor:

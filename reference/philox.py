@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .affine import check_steps
+
 ROUNDS = 10
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_INCREMENTS = 0x9E3779B9, 0xBB67AE85
@@ -66,5 +68,6 @@ def noise_tile(seed: Tensor, first_counter: Tensor, columns: slice) -> Tensor:
 
 def sample_noise(seed: Tensor, sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
     """The noise of every row, (rows, numel) float32."""
+    check_steps(step, num_steps)
     first_counter = first_counters(sample_index, step, num_steps, numel)
     return noise_tile(seed, first_counter, slice(0, numel)).contiguous()

@@ -13,6 +13,7 @@ pass, which has to multiply by the incoming scalar anyway. Stored so, the direct
 precision.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -62,7 +63,8 @@ def policy_loss_oracle(
     """The textbook formulas in float64, differentiable by autograd: loss, log_ratio, clipped, kl and old_kl per row.
 
     The credit `weight` (T,), `normalized` and GRPO-Guard's interval (T,) are given by themselves: a, b and s are all
-    that is read from the table.
+    that is read from the table. An objective that has no textbook formula here is its function in `OBJECTIVES`,
+    differentiated by autograd.
     """
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
     coef = coefficients(table, step, torch.float64)
@@ -90,12 +92,14 @@ def policy_loss_oracle(
         xi = torch.full_like(advantages, below).masked_fill_(advantages > 0, above)
         loss = torch.clamp(xi * advantages.abs() - advantages * log_ratio, min=0)
         clipped = advantages.sign() * log_ratio >= xi
-    else:
+    elif objective == "ppo":
         ratio = log_ratio.exp()
         unclipped_loss = -advantages * ratio
         clipped_loss = -advantages * ratio.clamp(1 - below, 1 + above)
         loss = torch.maximum(unclipped_loss, clipped_loss)
         clipped = clipped_loss > unclipped_loss
+    else:
+        loss, _, clipped = OBJECTIVES[objective](log_ratio, advantages, below, above)
     if guard_interval is not None:
         loss = loss / guard_interval.double()[step]
 
@@ -182,12 +186,20 @@ def policy_loss(
         shares = torch.cat([shares, (divergence * weight).mul_(share)[:, None]], dim=1)
     if row_weights is not None:
         loss, shares = loss * row_weights, shares * row_weights[:, None]
-    if row_reduction == "none":
-        loss = loss.to(dtype)
-    else:
-        loss = loss.mean(dtype=dtype) if row_reduction == "mean" else loss.sum(dtype=dtype)
+    total = loss.mean(dtype=dtype) if row_reduction == "mean" else loss.sum(dtype=dtype)
+    if total.device.type == "cpu" and not math.isfinite(total):
+        _check_finite({"advantages": advantages, "row_weights": row_weights, "Reference.weight": kl_weights})
+    loss = loss.to(dtype) if row_reduction == "none" else total
     old_kl = ee.mul_(divergence).mul_(0.5 * scale)
     return loss, log_ratio.to(dtype), clipped, kl, old_kl.to(dtype), direction, shares.to(dtype)
+
+
+def _check_finite(numbers: dict[str, Tensor | None]) -> None:
+    for name, tensor in numbers.items():
+        if tensor is None or bool(tensor.isfinite().all()):
+            continue
+        row = int((~tensor.isfinite()).nonzero()[0])
+        raise ValueError(f"{name} holds {float(tensor[row])} in row {row}; give finite numbers (0 leaves a row out)")
 
 
 def step_log_ratio(
@@ -270,6 +282,7 @@ def _pass(
             ref_squares.append(chunk_squares(torch.sub(new, cast(ref, dtype), out=e)))
 
     ee, rr = row_sums(squares, rows), row_sums(ref_squares, rows) if ref_squares else None
-    # <e, z + curvature e> is left over from the direction
-    ez = row_sums(sums, rows).sub_(ee * coef["curvature"], alpha=0.5)
+    # <e, z + curvature e> is left over from the direction; beside squares that overflow it stands alone
+    half = (ee * coef["curvature"]).mul_(0.5).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    ez = row_sums(sums, rows).sub_(half)
     return coef, ez, ee, rr, direction

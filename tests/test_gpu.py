@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from pcpo_fast import ops
+from pcpo_fast import (
+    Guidance,
+    NoiseKey,
+    Reference,
+    StoredStates,
+    policy_loss,
+    reference,
+    sample_noise,
+    sampler_step,
+    step_log_prob,
+    step_log_ratio,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use")
 
@@ -22,28 +33,34 @@ def inputs(table):
     x, *outputs = (torch.randn(SHAPE, generator=generator, device="cuda") for _ in range(4))
     cond, uncond, new = (t.bfloat16() for t in outputs)
     step = torch.arange(6, device="cuda")
-    key = {"seed": torch.tensor(5, device="cuda"), "sample_index": torch.arange(6, device="cuda") + 2**40}
+    key = NoiseKey(torch.tensor(5, device="cuda"), torch.arange(6, device="cuda") + 2**40)
     return cond, uncond, x, new.requires_grad_(), step, key, torch.randn(6, generator=generator, device="cuda")
 
 
 def run_all(inputs, table):
-    """One of every op with a gradient where it has one; everything they return."""
+    """One of every op with a gradient where it has one, from every source of z and m_old; everything they return."""
     cond, uncond, x, new, step, key, advantages = inputs
-    out = ops.sampler_step(cond, x, table, step, uncond_output=uncond, guidance_scale=5.0, **key)
-    m_old, z = out.model_output, out.noise
-    results = [*out, ops.sample_noise(SHAPE, table, step, **key)]
-    for objective in ("pcpo", "ppo", "guard"):
-        policy = ops.policy_loss(new, m_old, z, table, step, advantages, objective=objective, clip_range=0.1)
-        results += [*policy, *torch.autograd.grad(policy.loss, new)]
-    kl = {"ref_model_output": cond, "kl_weight": 0.1}
-    policy = ops.policy_loss(new, m_old, None, table, step, advantages, clip_range=0.1, **key, **kl)
-    results += [*policy, *torch.autograd.grad(policy.loss, new)]
+    out = sampler_step(cond, x, table, step, key, guidance=Guidance(uncond, 5.0), return_mean=True)
+    m_old, z, states = out.model_output, out.noise, StoredStates(x, out.prev_sample)
+    results = [*out, sample_noise(SHAPE, table, step, key)]
+    weights = advantages.abs()
+    calls = [((m_old, z), {"objective": objective}) for objective in reference.OBJECTIVES]
+    calls += [
+        ((m_old, key), {"kl": Reference(cond, 0.1), "clip_range": (0.1, 0.2)}),
+        ((m_old, states), {"row_reduction": "none", "kl": Reference(cond, weights), "row_weights": weights}),
+        ((None, states._replace(noise=z)), {"row_reduction": "sum", "guidance": Guidance(uncond, 5.0)}),
+        ((None, states._replace(noise=key)), {"row_reduction": "none"}),
+    ]
+    for source, settings in calls:
+        policy = policy_loss(new, *source, table, step, advantages, **{"clip_range": 0.1, **settings})
+        results += [*policy, *torch.autograd.grad(policy.loss.sum(), new)]
     for per_row in (
-        ops.step_log_prob(new, x, out.prev_sample, table, step),
-        ops.step_log_ratio(new, m_old, None, table, step, sample=x, prev_sample=out.prev_sample),
+        step_log_prob(new, x, out.prev_sample, table, step),
+        step_log_ratio(new, m_old, states, table, step),
+        step_log_ratio(new, None, states._replace(noise=key), table, step),
     ):
         results += [per_row, *torch.autograd.grad(per_row.sum(), new)]
-    return [t.detach() for t in results]
+    return [t.detach() for t in results if t is not None]
 
 
 def test_nothing_waits_for_the_gpu(inputs, table):
@@ -66,12 +83,16 @@ def test_one_launch_forward_and_one_backward(inputs, table):
             torch.cuda.synchronize()
         return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
-    assert len(launches(lambda: ops.sampler_step(cond, x, table, step, uncond_output=uncond, **key))) == 1
-    assert len(launches(lambda: ops.policy_loss(new, cond, x, table, step, advantages))) == 1
-    loss = ops.policy_loss(new, cond, x, table, step, advantages).loss
-    # the incoming gradient, a scalar 1, is a fill
-    names = launches(lambda: torch.autograd.grad(loss, new, retain_graph=True))
-    assert sum("gradient_kernel" in name for name in names) == 1 and len(names) <= 2
+    guidance, ref = Guidance(uncond, 5.0), Reference(uncond, advantages.abs())
+    assert len(launches(lambda: sampler_step(cond, x, table, step, key, guidance=guidance))) == 1
+    states = StoredStates(x, x, key)
+    for source, settings in (((cond, x), {}), ((None, states), {"kl": ref, "row_reduction": "none"})):
+        arguments = (new, *source, table, step, advantages)
+        assert len(launches(lambda: policy_loss(*arguments, **settings))) == 1  # noqa: B023
+        loss = policy_loss(*arguments, **settings).loss
+        incoming = torch.ones_like(loss)
+        names = launches(lambda: torch.autograd.grad(loss, new, incoming, retain_graph=True))  # noqa: B023
+        assert sum("gradient_kernel" in name for name in names) == 1 and len(names) <= 2
 
 
 def test_a_captured_graph_follows_its_inputs(inputs, table):
@@ -91,7 +112,7 @@ def test_a_captured_graph_follows_its_inputs(inputs, table):
         with torch.no_grad():
             for tensor in (cond, uncond, x, new, advantages):
                 tensor.copy_(torch.randn_like(tensor))
-            key["seed"].add_(1)
+            key.seed.add_(1)
         eager = run_all(inputs, table)
         graph.replay()
         assert all(map(torch.equal, eager, captured))
@@ -106,8 +127,8 @@ def test_counters_are_left_at_zero(inputs, table):
     many = torch.randn((5000, 8), device="cuda")
     for _ in range(2):
         run_all(inputs, table)
-        once = ops.step_log_prob(many, many, many, table, 3)
-        assert torch.equal(once, ops.step_log_prob(many, many, many, table, 3))
+        once = step_log_prob(many, many, many, table, 3)
+        assert torch.equal(once, step_log_prob(many, many, many, table, 3))
     assert _tickets and not any(counters.any() for counters in _tickets.values())
 
 
@@ -116,10 +137,10 @@ def test_compiled_into_graphs(inputs, table):
     cond, uncond, x, _, step, key, advantages = inputs
 
     def sample(m):
-        return ops.sampler_step(m, x, table, step, uncond_output=uncond, guidance_scale=5.0, **key).log_prob
+        return sampler_step(m, x, table, step, key, guidance=Guidance(uncond, 5.0)).log_prob
 
     def loss(m):
-        return ops.policy_loss(m, cond, x, table, step, advantages).loss
+        return policy_loss(m, cond, x, table, step, advantages).loss
 
     for function in (sample, loss):
         want = function(uncond)
@@ -151,25 +172,47 @@ def test_beyond_32_bits(table):
     old = new.detach().roll(1, 0)
     step, advantages = torch.arange(rows, device="cuda") % 19, torch.randn(rows, device="cuda")
     index = torch.arange(rows, device="cuda")
-    settings = {"seed": torch.tensor(3, device="cuda"), "reduction": "mean", "clip_range": 1e9}
-    out = ops.policy_loss(new, old, None, table, step, advantages, sample_index=index, **settings)
+    seed = torch.tensor(3, device="cuda")
+    out = policy_loss(new, old, NoiseKey(seed, index), table, step, advantages, clip_range=1e9)
     (gradient,) = torch.autograd.grad(out.loss * rows, new)
     for row in (0, rows - 1):
         part = slice(row, row + 1)
-        m = new[part].detach().requires_grad_()
-        alone = ops.policy_loss(
-            m, old[part], None, table, step[part], advantages[part], sample_index=index[part], **settings
-        )
+        m, key = new[part].detach().requires_grad_(), NoiseKey(seed, index[part])
+        alone = policy_loss(m, old[part], key, table, step[part], advantages[part], clip_range=1e9)
         assert torch.equal(alone.log_ratio, out.log_ratio[part])
         torch.testing.assert_close(torch.autograd.grad(alone.loss, m)[0], gradient[part], rtol=2**-7, atol=0)
 
 
+def test_steps_outside_the_table(inputs, table):
+    """NaN in their rows, whatever lies in memory there; nothing is read outside of the table and nothing waits."""
+    cond, _, x, new, step, key, advantages = inputs
+    step = step.clone()
+    step[1], step[4] = -1, 10**12
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sampler_step(cond, x, table, step, key)
+        policy = policy_loss(new, cond, x, table, step, advantages, row_reduction="none")
+        log_prob = step_log_prob(new, x, x, table, step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for per_row in (out.log_prob, policy.loss, policy.log_ratio, policy.old_kl, log_prob):
+        assert per_row.isnan().tolist() == [False, True, False, False, True, False]
+
+
+def test_numbers_per_row_that_are_not_finite(inputs, table):
+    cond, _, x, new, step, _, advantages = inputs
+    advantages = advantages.clone()
+    advantages[3] = float("nan")
+    loss = policy_loss(new, cond, x, table, step, advantages, row_reduction="none").loss
+    assert loss.isnan().tolist() == [False] * 3 + [True] + [False] * 2
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_another_device_than_the_current_one(inputs, table):
-    import types
-
     want = run_all(inputs, table)
-    there = [t.to("cuda:1") if torch.is_tensor(t) else {k: v.to("cuda:1") for k, v in t.items()} for t in inputs]
-    there[3] = there[3].detach().requires_grad_()
-    got = run_all(there, types.SimpleNamespace(rows=table.rows.to("cuda:1")))
+    *tensors, key, advantages = inputs
+    there = [t.detach().to("cuda:1") for t in tensors]
+    there[3].requires_grad_()
+    key = NoiseKey(*(t.to("cuda:1") for t in key))
+    got = run_all((*there, key, advantages.to("cuda:1")), table.to("cuda:1"))
     assert all(torch.equal(a, b.to(a.device)) for a, b in zip(want, got, strict=True))

@@ -1,14 +1,27 @@
-"""What the three ops share: registration, compilation, dispatch, and what they need to be installed."""
+"""What the ops share: registration, compilation, dispatch, and what they need to be installed."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from pcpo_fast import ops
+from pcpo_fast import (
+    Guidance,
+    NoiseKey,
+    Reference,
+    StoredStates,
+    policy_loss,
+    reference,
+    sample_noise,
+    sampler_step,
+    step_log_prob,
+    step_log_ratio,
+)
 
 ROWS, SHAPE = 3, (3, 2, 4, 5)
+SOURCES = ("noise", "key", "states", "states and noise", "states and key")
 
 
 @pytest.fixture
@@ -18,48 +31,106 @@ def inputs(device):
     return *tensors, torch.tensor([4, 19, 0], device=device), torch.tensor([1.0, -1.0, 0.5], device=device)
 
 
-def test_opcheck(inputs, table, impl):
+def check(name: str, given: dict) -> None:
+    """opcheck with arguments by name; what is left out is None."""
+    operator = getattr(torch.ops.pcpo_fast, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    assert set(given) <= set(names)
+    torch.library.opcheck(operator, [given.get(name) for name in names])
+
+
+def sources(inputs, table) -> dict[str, dict]:
+    """What the losses' operators take z and m_old from, by name."""
+    m, other, x, z, step, _ = inputs
+    old, states = {"old_model_output": other}, {"sample": x, "prev_sample": z}
+    noise, key = {"noise": z}, {"seed": torch.tensor(3, device=m.device), "sample_index": torch.arange(3).to(m.device)}
+    given = {
+        "noise": old | noise,
+        "key": old | key,
+        "states": old | states,
+        "states and noise": states | noise,
+        "states and key": states | key,
+    }
+    assert tuple(given) == SOURCES
+    return {name: {"table": table.rows, "step": step, **tensors} for name, tensors in given.items()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_opcheck_of_the_losses(name, inputs, table, impl):
+    m, _, x, z, _, advantages = inputs
+    m_grad, uncond = (t.clone().requires_grad_() for t in (m, z))
+    given = {"model_output": m_grad, "with_gradient": True, "impl": impl, **sources(inputs, table)[name]}
+    for reduction in ("mean", "sum"):
+        check("step_log_ratio", {**given, "reduction": reduction})
+    given |= {"advantages": advantages, "clip_below": 0.5, "clip_above": 0.4, "reduction": "mean", "kl_weight": 0.1}
+    kl = {"ref_model_output": x}
+    asked = (
+        {"row_reduction": "mean"},
+        {"row_reduction": "sum", **kl},
+        {"row_reduction": "none", "row_weights": advantages, "uncond_output": uncond},
+        {"row_reduction": "none", **kl, "kl_weights": advantages.abs(), "uncond_output": uncond},
+    )
+    for objective, settings in zip(itertools.cycle(reference.OBJECTIVES), asked, strict=False):
+        check("policy_loss", {**given, "guidance_scale": 3.0, "objective": objective, **settings})
+
+
+def test_opcheck_of_the_rest(inputs, table, impl):
     m, other, x, z, step, advantages = inputs
-    m_grad = m.clone().requires_grad_()
     seed, index = torch.tensor(3, device=m.device), torch.arange(ROWS, device=m.device)
-    namespace = torch.ops.pcpo_fast
-    calls = [
-        (namespace.sampler_step, (m, x, table.rows, step, other, 5.0, z, None, None, True, impl)),
-        (namespace.sampler_step, (m, x.half(), table.rows, step, None, 1.0, None, seed, index, False, impl)),
-        (namespace.step_log_prob, (m_grad, x, other, table.rows, step, "mean", True, impl)),
-        (namespace.step_log_prob, (m.half(), x.mT, other.mT, table.rows, step, "sum", False, impl)),
-        (namespace.sample_noise, (seed, index, step, len(table.rows), 7, impl)),
-    ]
-    sources = [(z, None, None, None, None), (None, seed, index, None, None), (None, None, None, x, z)]
-    for source in sources:
-        calls.append((namespace.step_log_ratio, (m_grad, other, *source, table.rows, step, "mean", True, impl)))
-        for objective in ("pcpo", "ppo", "guard"):
-            for ref, uncond in ((None, None), (x, None), (x, z)):
-                uncond = None if uncond is None else uncond.clone().requires_grad_()
-                arguments = (table.rows, step, advantages, ref, objective, 0.5, "mean", 0.1, True, impl)
-                calls.append((namespace.policy_loss, (m_grad, uncond, 3.0, other, *source, *arguments)))
-    calls.append((namespace.gradient, (m, advantages[:, None], advantages, None, z, 3.0, None, impl)))
-    for op, arguments in calls:
-        torch.library.opcheck(op.default, arguments)
+    at = {"table": table.rows, "step": step, "impl": impl}
+    guided = {"uncond_output": other, "guidance_scale": 5.0, "noise": z, "return_noise": True, "return_mean": True}
+    check("sampler_step", {"model_output": m, "sample": x, **guided, **at})
+    drawn = {"guidance_scale": 1.0, "seed": seed, "sample_index": index, "return_noise": False, "return_mean": False}
+    check("sampler_step", {"model_output": m, "sample": x.half(), **drawn, **at, "step": step.int()})
+    states = {"sample": x, "prev_sample": other, "reduction": "mean", "with_gradient": True}
+    check("step_log_prob", {"model_output": m.clone().requires_grad_(), **states, **at})
+    states = {"sample": x.mT, "prev_sample": other.mT, "reduction": "sum", "with_gradient": False}
+    check("step_log_prob", {"model_output": m.half().mT, **states, **at})
+    noise = {"seed": seed, "sample_index": index, "step": step, "num_steps": len(table), "numel": 7, "impl": impl}
+    check("sample_noise", noise)
+    gradient = {"direction": m, "coefficients": advantages[:, None], "guidance_scale": 3.0, "impl": impl}
+    check("gradient", {**gradient, "grad_output": advantages, "uncond_output": z})
+    both = torch.stack([advantages, advantages], 1)
+    check("gradient", {**gradient, "coefficients": both, "grad_output": advantages[0], "model_output": m,
+                       "ref_model_output": x})  # fmt: skip
 
 
 def test_compiles_as_one_graph(inputs, table, impl):
     m, other, x, z, step, advantages = inputs
+    index, per_row = torch.arange(ROWS, device=m.device), torch.rand(ROWS).to(m.device)
+    one = torch.tensor(3, dtype=torch.int32, device=m.device)
 
     def everything(m):
-        out = ops.sampler_step(m, x, table, step, uncond_output=other, guidance_scale=2.0, seed=5, impl=impl)
-        log_prob = ops.step_log_prob(m, x, out.prev_sample, table, 3, impl=impl)
-        ratios = []
-        log_ratio = ops.step_log_ratio(m, other, None, table, 3, seed=5, impl=impl)
+        key, guidance = NoiseKey(5, index), Guidance(other, 2.0)
+        out = sampler_step(m, x, table, step, key, guidance=guidance, return_mean=True, impl=impl)
+        log_prob = step_log_prob(m, x, out.prev_sample, table, 3, impl=impl)
+        log_ratio = step_log_ratio(m, other, key, table, one, impl=impl)
+        drawn = sample_noise(SHAPE, table, step, key, stream=1, impl=impl)
         loss = log_prob.sum() + log_ratio.sum()
-        for objective in ("pcpo", "ppo", "guard"):
-            policy = ops.policy_loss(
-                m, out.model_output, out.noise, table, step, advantages, objective=objective, clip_range=0.5,
-                ref_model_output=z, kl_weight=0.1, impl=impl,
-            )  # fmt: skip
-            loss = loss + policy.loss
-            ratios += [policy.log_ratio, policy.clipped]
-        return loss, *out, log_prob, log_ratio, *ratios
+        outputs = [*out, log_prob, log_ratio, drawn]
+        states = StoredStates(x, out.prev_sample)
+        given = {
+            "noise": (out.model_output, out.noise),
+            "key": (out.model_output, key),
+            "states": (out.model_output, states),
+            "states and noise": (None, states._replace(noise=out.noise)),
+            "states and key": (None, states._replace(noise=key)),
+        }
+        assert tuple(given) == SOURCES
+        asked = itertools.cycle(
+            (
+                {"kl": Reference(z, 0.1)},
+                {"row_reduction": "sum", "row_weights": per_row, "clip_range": (0.4, 0.5)},
+                {"row_reduction": "none", "kl": Reference(z, per_row), "guidance": guidance},
+            )
+        )
+        for (old, noise), objective in itertools.product(given.values(), reference.OBJECTIVES):
+            settings = {"objective": objective, "clip_range": 0.5, "impl": impl, **next(asked)}
+            policy = policy_loss(m, old, noise, table, step, advantages, **settings)
+            loss = loss + policy.loss.sum()
+            outputs += [policy.loss, policy.log_ratio, policy.clipped, policy.old_kl]
+            outputs += [] if policy.kl is None else [policy.kl]
+        return loss, *outputs
 
     results = []
     for function in (everything, torch.compile(everything, fullgraph=True)):
@@ -69,10 +140,10 @@ def test_compiles_as_one_graph(inputs, table, impl):
         results.append((*out, m_grad.grad))
     eager, compiled = results
     # the ops give the same bits; what is between them, inductor may fuse
-    *outputs, gradient = zip(eager, compiled, strict=True)
-    torch.testing.assert_close(*outputs[0])
+    total, *outputs, gradient = zip(eager, compiled, strict=True)
+    torch.testing.assert_close(*total)
     torch.testing.assert_close(*gradient)
-    assert all(torch.equal(a, b) for a, b in outputs[1:])
+    assert all(torch.equal(a, b) for a, b in outputs)
 
 
 def run_python(code, **environment):
@@ -96,19 +167,18 @@ def test_the_cpu_path_needs_neither_triton_nor_diffusers():
         BLOCK_IMPORTS
         + """
 import torch
-from types import SimpleNamespace
-from pcpo_fast import ops
+from pcpo_fast import NoiseKey, StepTable, policy_loss, sampler_step, step_log_prob
 
-table = SimpleNamespace(rows=torch.tensor([[0.9, -0.3, 0.5, 0.6, 0.6, 1.0, 1.0, -0.2]]))
-x = torch.randn(2, 8)
-out = ops.sampler_step(x, x, table, 0, seed=1)
+table = StepTable([0], [0.9], [-0.3], [0.5])
+x, key = torch.randn(2, 8), NoiseKey(1, torch.arange(2))
+out = sampler_step(x, x, table, 0, key)
 m = x.clone().requires_grad_()
-loss = ops.policy_loss(m, out.model_output, out.noise, table, 0, torch.ones(2)).loss
-(loss + ops.step_log_prob(m, x, out.prev_sample, table, 0).sum()).backward()
+loss = policy_loss(m, out.model_output, out.noise, table, 0, torch.ones(2)).loss
+(loss + step_log_prob(m, x, out.prev_sample, table, 0).sum()).backward()
 assert m.grad.isfinite().all()
 assert "triton" not in sys.modules and "diffusers" not in sys.modules
 try:
-    ops.sampler_step(x, x, table, 0, seed=1, impl="triton")
+    sampler_step(x, x, table, 0, key, impl="triton")
 except ImportError as error:
     print(error)
 """
@@ -116,6 +186,16 @@ except ImportError as error:
     result = run_python(code)
     assert result.returncode == 0, result.stderr
     assert "needs the package triton" in result.stdout
+
+
+def test_the_public_names():
+    import pcpo_fast
+
+    assert set(pcpo_fast.__all__) >= {
+        "StepTable", "NoiseKey", "StoredStates", "Guidance", "Reference", "sampler_step", "step_log_prob",
+        "step_log_ratio", "policy_loss", "sample_noise", "ratio_stats", "shifted_sigmas",
+    }  # fmt: skip
+    assert all(hasattr(pcpo_fast, name) for name in pcpo_fast.__all__)
 
 
 def test_importing_the_ops_loads_no_triton():
@@ -128,11 +208,10 @@ def test_importing_the_ops_loads_no_triton():
 def test_triton_does_not_fall_back_on_the_cpu():
     code = """
 import torch
-from types import SimpleNamespace
-from pcpo_fast import ops
+from pcpo_fast import NoiseKey, StepTable, sample_noise
 
 try:
-    ops.sample_noise((1, 4), SimpleNamespace(rows=torch.zeros(1, 8)), 0, seed=1, impl="triton")
+    sample_noise((1, 4), StepTable([0], [0.9], [-0.3], [0.5]), 0, NoiseKey(1, torch.arange(1)), impl="triton")
 except RuntimeError as error:
     print(error)
 """
@@ -143,4 +222,4 @@ except RuntimeError as error:
 def test_triton_refuses_float64(inputs, table, impl):
     m, other, x, *_ = inputs
     with pytest.raises(ValueError, match="use impl='torch'"):
-        ops.step_log_prob(m.double(), x, other, table, 0, impl=impl)
+        step_log_prob(m.double(), x, other, table, 0, impl=impl)

@@ -16,81 +16,37 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from published import (
+    LOSSES,
+    cps_step,
+    dance_step,
+    ddpo_step,
+    flow_grpo_noise,
+    flow_grpo_step,
+    gaussian,
+    gaussian_without_constants,
+    guard_log_ratio,
+    mean_of_rows,
+    squared_distance,
+)
 from torch import Tensor
 
-from pcpo_fast import ddim_table, flow_table, policy_loss, sampler_step, shifted_sigmas, step_log_prob
+from pcpo_fast import (
+    Reference,
+    StepTable,
+    StoredStates,
+    policy_loss,
+    sampler_step,
+    shifted_sigmas,
+    step_log_prob,
+)
 from pcpo_fast.advantages import Advantages
-from pcpo_fast.tables import StepTable
 
 diffusers = pytest.importorskip("diffusers")
 
 U = torch.finfo(torch.float32).eps / 2
 SHAPE = (8, 4, 8, 8)
 PER_ROW = (-1, 1, 1, 1)
-
-
-# the published steps: mean and standard deviation of x'
-
-
-def ddpo_step(x, m, alphas, timestep, num_steps, prediction_type="epsilon", eta=1.0):
-    """kvablack/ddpo-pytorch: DDIM (arXiv 2010.02502, equations 12 and 16), where the timestep before 0 counts as 0."""
-    at, ap = alphas[timestep], alphas[max(timestep - len(alphas) // num_steps, 0)]
-    variance = (1 - ap) / (1 - at) * (1 - at / ap)
-    if prediction_type == "epsilon":
-        x0, epsilon = (x - (1 - at).sqrt() * m) / at.sqrt(), m
-    elif prediction_type == "sample":
-        x0, epsilon = m, (x - at.sqrt() * m) / (1 - at).sqrt()
-    else:
-        x0, epsilon = at.sqrt() * x - (1 - at).sqrt() * m, at.sqrt() * m + (1 - at).sqrt() * x
-    std = eta * variance.sqrt()
-    return ap.sqrt() * x0 + (1 - ap - std**2).sqrt() * epsilon, std
-
-
-def dance_step(x, v, sigmas, k, eta=0.3):
-    """XueZeyue/DanceGRPO, FLUX: the ODE's step, and half eta^2 of the score that the predicted sample gives."""
-    sigma, change = sigmas[k], sigmas[k + 1] - sigmas[k]
-    score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
-    return x + change * v - eta**2 / 2 * score * change, eta * (-change).sqrt()
-
-
-def flow_grpo_step(x, v, sigmas, k, noise_level=0.7):
-    """yifan123/flow_grpo: at sigma = 1 the noise level takes the second sigma in its denominator."""
-    sigma, change, g = sigmas[k], sigmas[k + 1] - sigmas[k], flow_grpo_noise(sigmas, k, noise_level)
-    mean = x * (1 + g**2 / (2 * sigma) * change) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * change
-    return mean, g * (-change).sqrt()
-
-
-def flow_grpo_noise(sigmas, k, noise_level=0.7):
-    """What flow_grpo calls std_dev_t."""
-    denominator = 1 - (sigmas[1] if sigmas[k] == 1 else sigmas[k])
-    return noise_level * (sigmas[k] / denominator).sqrt()
-
-
-def cps_step(x, v, sigmas, k, noise_level=0.8):
-    """FlowCPS as flow_grpo has it: predicted sample and noise, mixed again at the next sigma."""
-    sigma, after = sigmas[k], sigmas[k + 1]
-    std = after * math.sin(noise_level * math.pi / 2)
-    return (1 - after) * (x - sigma * v) + (after**2 - std**2).sqrt() * (x + (1 - sigma) * v), std
-
-
-# and their log-probabilities, means over a row's elements
-
-
-def mean_of_rows(values):
-    return values.flatten(1).mean(dim=1)
-
-
-def gaussian(x_next, mean, std):
-    return mean_of_rows(-((x_next - mean) ** 2) / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi)))
-
-
-def gaussian_without_constants(x_next, mean, std):
-    """DanceGRPO's: the constants stand in a statement of their own and are not added."""
-    return mean_of_rows(-((x_next - mean) ** 2) / (2 * std**2))
-
-
-def squared_distance(x_next, mean, std):
-    return mean_of_rows(-((x_next - mean) ** 2))
 
 
 @dataclasses.dataclass
@@ -119,7 +75,7 @@ def ddpo(num_steps=50, prediction_type="epsilon", **settings):
     scheduler.set_timesteps(num_steps)
     alphas, timesteps = scheduler.alphas_cumprod.double(), scheduler.timesteps.tolist()
     return Trainer(
-        ddim_table.from_scheduler(scheduler, num_steps),
+        StepTable.from_scheduler(scheduler, num_steps, credit="native"),
         lambda x, m, k: ddpo_step(x, m, alphas, timesteps[k], num_steps, prediction_type),
     )
 
@@ -131,7 +87,7 @@ def dance_sigmas():
 
 def dance():
     sigmas = dance_sigmas()
-    table = flow_table(shifted_sigmas(16, 3.0), sde="dance", noise_level=0.3)
+    table = StepTable.flow(shifted_sigmas(16, 3.0), sde="dance", noise_level=0.3, credit="native")
     return Trainer(table, lambda x, v, k: dance_step(x, v, sigmas, k), gaussian_without_constants)
 
 
@@ -144,14 +100,16 @@ def sd3_scheduler(num_steps):
 def flow_grpo(num_steps=10):
     scheduler = sd3_scheduler(num_steps)
     sigmas = scheduler.sigmas.double()
-    table = flow_table.from_scheduler(scheduler, num_steps, sde="flow", noise_level=0.7)
+    table = StepTable.from_scheduler(scheduler, num_steps, sde="flow", noise_level=0.7, credit="native")
     return Trainer(table, lambda x, v, k: flow_grpo_step(x, v, sigmas, k))
 
 
 def cps(num_steps=10):
     scheduler = sd3_scheduler(num_steps)
     sigmas = scheduler.sigmas.double()
-    table = flow_table.from_scheduler(scheduler, num_steps, sde="cps", noise_level=0.8, normalized=False)
+    table = StepTable.from_scheduler(
+        scheduler, num_steps, sde="cps", noise_level=0.8, normalized=False, credit="native"
+    )
     return Trainer(table, lambda x, v, k: cps_step(x, v, sigmas, k), squared_distance, clip_range=1e-5)
 
 
@@ -213,7 +171,7 @@ def test_steps_and_log_probs(trainer):
     table = trainer.table
     for k in stochastic_steps(trainer):
         mean, std = trainer.step(x, m, k)
-        ours = sampler_step(m, x, table, k, noise=z, impl="torch")
+        ours = sampler_step(m, x, table, k, z, impl="torch")
         error = error_of_mean(table, k, x, m) + U * (std * z).abs()
         assert ((ours.prev_sample - (mean + std * z)).abs() <= error + 1e-14).all()
         d = error_of_noise(table, k, x, m, z)
@@ -243,24 +201,7 @@ def test_log_probs_of_kept_states_and_their_gradients(trainer):
         assert ((our_gradient - their_gradient).abs() <= coefficient * (d + 3 * U * z.abs()) + 1e-15).all()
 
 
-def published_loss(objective, log_ratio, advantages, clip_range, shift, std, h):
-    """PPO's clipped ratio, PCPO's log-hinge (arXiv 2509.25774) and GRPO-Guard (arXiv 2510.22319): the mean over rows;
-    the log-ratio as the objective has it, and the rows whose gradient is cut off.
-
-    `shift` is |mean_new - mean_old|^2 / (2 std^2).
-    """
-    if objective == "pcpo":
-        loss = (clip_range * advantages.abs() - advantages * log_ratio).clamp(min=0)
-        return loss.mean(), log_ratio, loss == 0
-    if objective == "guard":
-        log_ratio = (log_ratio + shift) * std
-    ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(unclipped, clipped)
-    return (loss / h if objective == "guard" else loss).mean(), log_ratio, clipped > unclipped
-
-
-def changed_output(m, z, weight, scale, clip_range, objective):
+def changed_output(m, z, weight, scale, clip_range, guarded):
     """Eight rows whose log-ratio is 0.3 or 3 clip ranges up or down, with advantages of both signs.
 
     With w e = p z + q y, y across z, it is -k (p <z, z> + p^2 <z, z> / 2 + q^2 <y, y> / 2): p is solved for the wanted
@@ -272,26 +213,26 @@ def changed_output(m, z, weight, scale, clip_range, objective):
     squares = mean_of_rows(z * z)
     across = across - z * (mean_of_rows(across * z) / squares).view(PER_ROW)
     wanted = size * sign * clip_range / (scale * squares)
-    along = -wanted if objective == "guard" else (1 - 2 * wanted).sqrt() - 1
+    along = -wanted if guarded else (1 - 2 * wanted).sqrt() - 1
     return m + (along.view(PER_ROW) * z + (0.2 * wanted.abs()).sqrt().view(PER_ROW) * across) / weight, advantages
 
 
 @pytest.mark.parametrize("source", ["noise", "states"])
 @pytest.mark.parametrize(
-    ("name", "objective"),
-    [*itertools.product(TRAINERS, ("ppo", "pcpo")), ("flow-grpo", "guard"), ("dance", "guard")],
+    ("name", "objective", "guarded"),
+    [*itertools.product(TRAINERS, LOSSES, (False,)), ("flow-grpo", "ppo", True), ("dance", "ppo", True)],
 )
-def test_losses_and_gradients(name, objective, source):
+def test_losses_and_gradients(name, objective, guarded, source):
     trainer = TRAINERS[name]()
-    table = trainer.table
+    table = trainer.table.guarded() if guarded else trainer.table
     x, m_old, z = draw()
     for k in stochastic_steps(trainer):
-        scale = table.log_prob_scale[k] * (table.std[k] if objective == "guard" else 1.0)
+        scale = table.log_prob_scale[k] * (table.std[k] if guarded else 1.0)
         w, h = table.weight[k], 1.0
-        if objective == "guard":
+        if guarded:
             sigmas = dance_sigmas() if name == "dance" else sd3_scheduler(10).sigmas.double()
             h = sigmas[k] - sigmas[k + 1]
-        m_new, advantages = changed_output(m_old, z, w, scale, trainer.clip_range, objective)
+        m_new, advantages = changed_output(m_old, z, w, scale, trainer.clip_range, guarded)
 
         old_mean, std = trainer.step(x, m_old, k)
         x_next = old_mean + std * z
@@ -299,14 +240,16 @@ def test_losses_and_gradients(name, objective, source):
         new_mean, _ = trainer.step(x, theirs, k)
         log_ratio = trainer.log_prob(x_next, new_mean, std) - trainer.log_prob(x_next, old_mean, std)
         shift = mean_of_rows((new_mean - old_mean) ** 2) / (2 * std**2)
-        loss, log_ratio, clipped = published_loss(objective, log_ratio, advantages, trainer.clip_range, shift, std, h)
+        if guarded:
+            log_ratio = guard_log_ratio(log_ratio, shift, std)
+        loss, clipped = LOSSES[objective](log_ratio, advantages, trainer.clip_range)
+        loss = (loss / h).mean()
         (gradient,) = torch.autograd.grad(loss, theirs)
 
         ours = m_new.clone().requires_grad_()
-        given = {"sample": x, "prev_sample": x_next} if source == "states" else {}
+        given = StoredStates(x, x_next) if source == "states" else z
         result = policy_loss(
-            *(ours, m_old, None if given else z, table, k, advantages),
-            **given,
+            *(ours, m_old, given, table, k, advantages),
             objective=objective,
             clip_range=trainer.clip_range,
             impl="torch",
@@ -314,14 +257,14 @@ def test_losses_and_gradients(name, objective, source):
         (our_gradient,) = torch.autograd.grad(result.loss, ours)
 
         # w, which the second term has twice, k, s and h
-        e, d = m_new - m_old, error_of_noise(table, k, x, m_old, z) if given else torch.zeros_like(z)
+        e, d = m_new - m_old, error_of_noise(table, k, x, m_old, z) if source == "states" else torch.zeros_like(z)
         direction, slip = z.abs() + (w * e).abs(), 5 * U
         error = scale * w.abs() * mean_of_rows(e.abs() * (d + slip * direction)) + 1e-14
         assert ((result.log_ratio - log_ratio).abs() <= error).all()
         assert torch.equal(result.clipped, clipped) and clipped.sum() == 2
         # the ratio is within a part in a thousand of 1
         slope = 1.001 * advantages.abs() / h
-        of_interval = U * slope.mean() if objective == "guard" else 0.0
+        of_interval = U * slope.mean() if guarded else 0.0
         assert (result.loss - loss).abs() <= (slope * error).mean() + of_interval + 1e-14
         bound = (slope * scale * w.abs()).view(PER_ROW) * (d + (slip + error.view(PER_ROW)) * direction) / e.numel()
         assert ((our_gradient - gradient).abs() <= bound + 1e-15).all()
@@ -343,19 +286,17 @@ def test_the_divergence_from_a_reference(trainer):
             their_std, factor = flow_grpo_noise(sigmas, k), sigmas[k] - sigmas[k + 1]
         theirs = mean_of_rows((mean - ref_mean) ** 2).mean() / (2 * their_std**2)
         nothing = torch.zeros(len(x), dtype=torch.float64)
-        given = {"ref_model_output": reference, "kl_weight": 1.0}
-        ours = policy_loss(m, m, m, table, k, nothing, **given, impl="torch").loss
-        assert float(factor * ours) == pytest.approx(float(theirs), rel=3 * U)
+        ours = policy_loss(m, m, m, table, k, nothing, kl=Reference(reference, 1.0), impl="torch")
+        assert float(factor * ours.loss) == pytest.approx(float(theirs), rel=3 * U)
+        assert float(ours.kl.mean()) == pytest.approx(float(ours.loss), rel=1e-12)
 
 
 def test_the_first_ratio_is_one(trainer):
     """Theirs only in exact arithmetic, ours in any."""
     x, m, z = (t.to(torch.bfloat16) for t in draw())
     for k in stochastic_steps(trainer):
-        x_next = sampler_step(m, x, trainer.table, k, noise=z.float(), impl="torch").prev_sample
-        result = policy_loss(
-            *(m, m, None, trainer.table, k, torch.ones(len(x))), sample=x, prev_sample=x_next, impl="torch"
-        )
+        x_next = sampler_step(m, x, trainer.table, k, z.float(), impl="torch").prev_sample
+        result = policy_loss(*(m, m, StoredStates(x, x_next), trainer.table, k, torch.ones(len(x))), impl="torch")
         assert (result.log_ratio == 0).all()
 
 
@@ -368,7 +309,7 @@ def test_the_last_step_of_a_flow_goes_to_the_predicted_sample(name):
     table, last = trainer.table, len(trainer.table) - 1
     x, v, z = draw()
     sigma = table.interval[last]
-    ours = sampler_step(v, x, table, last, noise=z, impl="torch")
+    ours = sampler_step(v, x, table, last, z, impl="torch")
     predicted = x - sigma * v
     assert ((ours.prev_sample - predicted).abs() <= U * (sigma * v).abs() + 1e-15).all()
     assert (ours.log_prob == 0).all()
@@ -397,7 +338,7 @@ def test_noise_that_the_last_step_leaves_on_an_evenly_spaced_schedule():
     _, std = flow_grpo_step(*draw()[:2], shifted_sigmas(10, 3.0), 9)
     assert std == pytest.approx(0.7 * math.sqrt(0.25 / 0.75) * 0.5, rel=1e-12)
     assert std > 0.2
-    assert flow_table(shifted_sigmas(10, 3.0), noise_level=0.7).std[9] == 0
+    assert StepTable.flow(shifted_sigmas(10, 3.0), noise_level=0.7).std[9] == 0
 
 
 @pytest.mark.parametrize("settings", [{"set_alpha_to_one": True}, {"steps_offset": 0}], ids=["alpha one", "no offset"])
@@ -411,7 +352,7 @@ def test_the_last_step_of_diffusion_where_it_is_deterministic(settings):
         assert std > 0 and theirs.isfinite().all()
     else:
         assert std == 0 and theirs.isnan().all()
-    ours = sampler_step(m, x, trainer.table, 49, noise=z, impl="torch")
+    ours = sampler_step(m, x, trainer.table, 49, z, impl="torch")
     assert stochastic_steps(trainer) == list(range(49))
     assert (ours.log_prob == 0).all() and ours.prev_sample.isfinite().all()
 
@@ -436,7 +377,7 @@ def test_log_probs_taken_before_the_latent_is_rounded(dtype, largest):
         theirs = trainer.log_prob(stored.double(), mean, std) - trainer.log_prob(x_next, mean, std)
         off.append(theirs.abs().max().item())
         # ours belongs to what is stored
-        ours = sampler_step(m, x.to(dtype), trainer.table, k, noise=z, impl="torch")
+        ours = sampler_step(m, x.to(dtype), trainer.table, k, z, impl="torch")
         kept = step_log_prob(m, x.to(dtype), ours.prev_sample, trainer.table, k, impl="torch")
         assert ours.prev_sample.dtype == dtype and torch.equal(ours.log_prob, kept)
     assert off.index(max(off)) == len(off) - 1

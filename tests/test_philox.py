@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pcpo_fast import ops
+from pcpo_fast import NoiseKey, sample_noise
 from pcpo_fast.reference.philox import first_counters, noise_tile, philox4x32
 
 # the published vectors of Random123 for philox4x32 with 10 rounds: counter, key, answer
@@ -15,6 +15,7 @@ KNOWN_ANSWERS = [
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 EPS = torch.finfo(torch.float32).eps
+INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def words(text):
@@ -49,7 +50,7 @@ def test_triton_draws_the_same_bits():
 def test_normals_match_float64(numel, table, impl):
     """Box-Muller in float64, of the bits at the documented counters."""
     index = torch.tensor([5], device=table.rows.device)
-    noise = ops.sample_noise((1, numel), table, 3, seed=9, sample_index=index, impl=impl)
+    noise = sample_noise((1, numel), table, 3, NoiseKey(9, index), impl=impl)
     quads = -(-numel // 4)
     offset = (5 * len(table.rows) + 3) * quads + torch.arange(quads)
     zero = torch.zeros_like(offset)
@@ -68,7 +69,8 @@ def test_normals_match_float64(numel, table, impl):
 
 def test_moments(table, impl):
     rows, numel = 8, 16384
-    noise = ops.sample_noise((rows, numel), table, 0, seed=1, impl=impl).double().flatten()
+    index = torch.arange(rows, device=table.rows.device)
+    noise = sample_noise((rows, numel), table, 0, NoiseKey(1, index), impl=impl).double().flatten()
     count = rows * numel
     # five standard errors of the first four moments of N(0, 1)
     for power, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
@@ -81,7 +83,7 @@ def test_every_coordinate_draws_its_own(table, impl):
 
     def draw(step=0, seed=1, index=0, stream=0):
         index = torch.tensor([index], device=table.rows.device)
-        return ops.sample_noise((1, numel), table, step, seed=seed, sample_index=index, stream=stream, impl=impl)[0]
+        return sample_noise((1, numel), table, step, NoiseKey(seed, index), stream=stream, impl=impl)[0]
 
     draws = torch.stack([draw(), draw(step=1), draw(seed=2), draw(index=1), draw(index=2**40), draw(stream=1)])
     correlation = torch.corrcoef(draws) - torch.eye(len(draws), device=draws.device)
@@ -92,10 +94,9 @@ def test_every_coordinate_draws_its_own(table, impl):
 def test_does_not_depend_on_the_batch(table, impl, numel):
     index = torch.tensor([7, 0, 3], device=table.rows.device)
     step = torch.tensor([2, 2, 11], device=table.rows.device)
-    together = ops.sample_noise((3, numel), table, step, seed=4, sample_index=index, impl=impl)
+    together = sample_noise((3, numel), table, step, NoiseKey(4, index), impl=impl)
     alone = [
-        ops.sample_noise((1, numel), table, int(step[i]), seed=4, sample_index=index[i : i + 1], impl=impl)[0]
-        for i in range(3)
+        sample_noise((1, numel), table, int(step[i]), NoiseKey(4, index[i : i + 1]), impl=impl)[0] for i in range(3)
     ]
     assert torch.equal(together, torch.stack(alone))
 
@@ -108,8 +109,31 @@ def test_tiles_are_parts_of_the_row():
     assert torch.equal(tile, whole[1:, 400:])
 
 
-def test_seed_may_be_a_tensor(table, impl):
-    seed = torch.tensor(123, device=table.rows.device)
-    as_int = ops.sample_noise((2, 3, 5), table, 1, seed=123, impl=impl)
-    assert torch.equal(as_int, ops.sample_noise((2, 3, 5), table, 1, seed=seed, impl=impl))
-    assert as_int.shape == (2, 3, 5) and as_int.dtype == torch.float32
+def test_seed_may_be_a_tensor_and_indices_small_integers(table, impl):
+    device = table.rows.device
+    index, seed = torch.arange(2, device=device) + 5, torch.tensor(123, device=device)
+    want = sample_noise((2, 3, 5), table, 1, NoiseKey(123, index), impl=impl)
+    assert want.shape == (2, 3, 5) and want.dtype == torch.float32
+    steps = [torch.full(shape, 1, dtype=dtype, device=device) for shape in ((), (2,)) for dtype in INDEX_DTYPES]
+    for step in (1, *steps):
+        for key in (NoiseKey(123, index), NoiseKey(seed, index), NoiseKey(seed, index.int())):
+            assert torch.equal(want, sample_noise((2, 3, 5), table, step, key, impl=impl))
+
+
+def test_one_sample_keeps_its_noise_in_another_batch(table, impl):
+    """Nothing counts rows: the second batch of a seed has its own noise because its samples have other indices."""
+    first, second = (torch.arange(2, device=table.rows.device) + start for start in (0, 1))
+    noise = [sample_noise((2, 6), table, 0, NoiseKey(1, index), impl=impl) for index in (first, second)]
+    assert torch.equal(noise[0][1], noise[1][0]) and not torch.equal(noise[0][0], noise[1][0])
+
+
+@pytest.mark.parametrize("outside", [-1, 20, 2**40])
+def test_steps_outside_the_table(outside, table, impl):
+    index = torch.arange(3, device=table.rows.device)
+    step = torch.tensor([0, outside, 19], device=table.rows.device)
+    if impl == "torch":
+        with pytest.raises(ValueError, match=rf"^step holds .*{outside}.*; give indices from 0 to 19"):
+            sample_noise((3, 5), table, step, NoiseKey(1, index), impl=impl)
+        return
+    noise = sample_noise((3, 5), table, step, NoiseKey(1, index), impl=impl)
+    assert noise.isnan().all(dim=1).tolist() == [False, True, False] and noise[[0, 2]].isfinite().all()

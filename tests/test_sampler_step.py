@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pcpo_fast import ops
+from pcpo_fast import Guidance, NoiseKey, sample_noise, sampler_step, step_log_prob
+from pcpo_fast.columns import COLUMNS
 from pcpo_fast.reference.sampler_step import sampler_step_oracle
 from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
@@ -10,6 +11,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # of the model's outputs and of the sample
 DTYPES = {"fp32": (F32, F32), "bf16": (BF16, BF16), "fp16": (F16, F16), "mixed": (BF16, F32)}
 SHAPES = [(5, 1), (1, 3, 5, 7), (6, 4, 8, 8), (3, 9001)]
+INDEX_DTYPES = (torch.int64, torch.int32)
 GUIDANCE = 5.0
 
 
@@ -25,8 +27,10 @@ def make_inputs(shape, table, dtypes=DTYPES["fp32"]):
 
 
 def per_row(table, step, like):
-    """The table's first three columns at each row, with the dimensions of `like`, in float64."""
-    return (column.view(-1, *[1] * (like.dim() - 1)) for column in table.rows[step].double().unbind(1)[:3])
+    """a, b and s at each row, with the dimensions of `like`, in float64."""
+    names = ("sample_coef", "output_coef", "std")
+    columns = (table.rows[step, COLUMNS.index(name)].double() for name in names)
+    return (column.view(-1, *[1] * (like.dim() - 1)) for column in columns)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -34,11 +38,11 @@ def per_row(table, step, like):
 @pytest.mark.parametrize("guided", [False, True])
 def test_matches_float64(guided, dtypes, shape, table, impl, poisoned):
     cond, uncond, x, z, step = make_inputs(shape, table, DTYPES[dtypes])
-    out = ops.sampler_step(
-        cond, x, table, step, uncond_output=uncond if guided else None, guidance_scale=GUIDANCE, noise=z, impl=impl
-    )
+    guidance = Guidance(uncond, GUIDANCE) if guided else None
+    out = sampler_step(cond, x, table, step, z, guidance=guidance, return_mean=True, impl=impl)
     assert (out.prev_sample.dtype, out.model_output.dtype) == (x.dtype, cond.dtype)
-    assert out.noise.dtype == out.log_prob.dtype == F32
+    assert out.noise.dtype == out.log_prob.dtype == out.mean.dtype == F32
+    assert all(t.is_contiguous() and t.shape == x.shape for t in (out.prev_sample, out.noise, out.mean))
     # the guided output is rounded to its dtype, at worst towards 0 (as the interpreter does)
     _, want_output, _ = sampler_step_oracle(
         cond, x, table.rows, step, z, uncond_output=uncond if guided else None, guidance_scale=GUIDANCE
@@ -53,6 +57,9 @@ def test_matches_float64(guided, dtypes, shape, table, impl, poisoned):
     mean_size = (a * x).abs() + (b * out.model_output).abs()
     sample_error = torch.finfo(x.dtype).eps * want_sample.abs() + 2 * EPS * (mean_size + (s * z).abs())
     assert ((out.prev_sample - want_sample).abs() <= sample_error).all()
+    # the mean is not rounded to the sample's dtype
+    want_mean = a * x.double() + b * out.model_output.double()
+    assert ((out.mean - want_mean).abs() <= 2 * EPS * mean_size).all()
 
     inverse = torch.where(s > 0, 1 / s, 0)
     want_noise = (out.prev_sample.double() - a * x.double() - b * out.model_output.double()) * inverse
@@ -69,10 +76,10 @@ def test_matches_float64(guided, dtypes, shape, table, impl, poisoned):
 def test_log_prob_is_that_of_the_stored_sample(dtypes, table, impl):
     """Bit for bit what `step_log_prob` finds later, and not what the noise that was drawn would give."""
     cond, uncond, x, z, step = make_inputs((6, 4, 16, 16), table, DTYPES[dtypes])
-    out = ops.sampler_step(cond, x, table, step, uncond_output=uncond, guidance_scale=GUIDANCE, noise=z, impl=impl)
-    later = ops.step_log_prob(out.model_output, x, out.prev_sample, table, step, impl=impl)
+    out = sampler_step(cond, x, table, step, z, guidance=Guidance(uncond, GUIDANCE), impl=impl)
+    later = step_log_prob(out.model_output, x, out.prev_sample, table, step, impl=impl)
     assert torch.equal(out.log_prob, later)
-    random = table.rows[step, 2] > 0
+    random = table.trainable[step]
     shift = (out.noise - z)[random].abs().max()
     assert shift > 1e-4 if x.dtype != F32 else shift < 1e-4
 
@@ -81,10 +88,10 @@ def test_log_prob_is_that_of_the_stored_sample(dtypes, table, impl):
 def test_unnormalized_log_prob(dtypes, table, unnormalized_table, impl):
     """The same step, bit for bit, with -(x' - a x - b m)^2 of what is stored."""
     cond, uncond, x, z, step = make_inputs((6, 4, 16, 16), table, DTYPES[dtypes])
-    settings = {"uncond_output": uncond, "guidance_scale": GUIDANCE, "noise": z, "impl": impl}
-    out = ops.sampler_step(cond, x, unnormalized_table, step, **settings)
-    assert all(map(torch.equal, out[:3], ops.sampler_step(cond, x, table, step, **settings)[:3]))
-    later = ops.step_log_prob(out.model_output, x, out.prev_sample, unnormalized_table, step, impl=impl)
+    settings = {"guidance": Guidance(uncond, GUIDANCE), "impl": impl}
+    out = sampler_step(cond, x, unnormalized_table, step, z, **settings)
+    assert all(map(torch.equal, out[:3], sampler_step(cond, x, table, step, z, **settings)[:3]))
+    later = step_log_prob(out.model_output, x, out.prev_sample, unnormalized_table, step, impl=impl)
     assert torch.equal(out.log_prob, later)
     a, b, s = per_row(table, step, x)
     stored = (out.model_output, out.prev_sample)
@@ -99,22 +106,35 @@ def test_unnormalized_log_prob(dtypes, table, unnormalized_table, impl):
         torch.testing.assert_close(out.log_prob.double(), want, rtol=1e-4, atol=0)
 
 
+def same(*steps) -> bool:
+    """The same bits in everything that was returned."""
+    return all(
+        (ours is None) == (theirs is None) and (ours is None or torch.equal(ours, theirs))
+        for other in steps[1:]
+        for ours, theirs in zip(steps[0], other, strict=True)
+    )
+
+
 def test_deterministic_rows(table, impl):
     cond, _, x, z, step = make_inputs((4, 3, 5), table)
-    out = ops.sampler_step(cond, x, table, step, noise=z, impl=impl)
-    other = ops.sampler_step(cond, x, table, step, noise=z + 1, impl=impl)
+    out = sampler_step(cond, x, table, step, z, return_mean=True, impl=impl)
+    other = sampler_step(cond, x, table, step, z + 1, impl=impl)
     changed = (out.prev_sample != other.prev_sample).flatten(1).any(1)
     assert changed.tolist() == [True, False, True, True]
-    assert out.log_prob[1] == 0 and not out.noise[1].any()
+    assert out.log_prob[1] == 0 and not out.noise[1].any() and torch.equal(out.prev_sample[1], out.mean[1])
+
+
+def test_credit_and_guard_leave_the_sampler_alone(table, native_table, impl):
+    cond, _, x, z, step = make_inputs((4, 3, 5), table)
+    assert same(*(sampler_step(cond, x, t, step, z, impl=impl) for t in (table, native_table, table.guarded())))
 
 
 def test_draws_what_sample_noise_regenerates(table, impl):
     cond, _, x, _, step = make_inputs((4, 3, 5), table)
-    index = torch.tensor([9, 2, 2**33, 0], device=x.device)
-    drawn = ops.sampler_step(cond, x, table, step, seed=11, sample_index=index, impl=impl)
-    noise = ops.sample_noise(x.shape, table, step, seed=11, sample_index=index, impl=impl)
-    given = ops.sampler_step(cond, x, table, step, noise=noise, impl=impl)
-    assert all(map(torch.equal, drawn, given))
+    key = NoiseKey(11, torch.tensor([9, 2, 2**33, 0], device=x.device))
+    drawn = sampler_step(cond, x, table, step, key, impl=impl)
+    noise = sample_noise(x.shape, table, step, key, impl=impl)
+    assert same(drawn, sampler_step(cond, x, table, step, noise, impl=impl))
 
 
 @pytest.mark.parametrize("shape", [(4, 1237), (3, 40001), (5, 1)], ids=str)
@@ -123,73 +143,77 @@ def test_a_row_alone_has_the_same_bits_on_every_run(shape, table, impl):
     index = torch.arange(shape[0], device=x.device) + 100
 
     def run(rows):
-        return ops.sampler_step(
-            cond[rows], x[rows], table, step[rows], uncond_output=uncond[rows], guidance_scale=3.0, seed=1,
-            sample_index=index[rows], impl=impl,
-        )  # fmt: skip
+        guidance, key = Guidance(uncond[rows], 3.0), NoiseKey(1, index[rows])
+        settings = {"guidance": guidance, "return_mean": True, "impl": impl}
+        return sampler_step(cond[rows], x[rows], table, step[rows], key, **settings)
 
     together = run(slice(None))
-    assert all(map(torch.equal, together, run(slice(None))))
+    assert same(together, run(slice(None)))
     for i in range(shape[0]):
         row = slice(i, i + 1)
-        assert all(torch.equal(alone, batch[row]) for alone, batch in zip(run(row), together, strict=True))
+        assert same(run(row), [batch[row] for batch in together])
 
 
-def test_noise_may_be_left_out(table, impl):
+@pytest.mark.parametrize("return_noise", [True, False])
+@pytest.mark.parametrize("return_mean", [True, False])
+def test_what_is_not_asked_for_is_left_out(return_mean, return_noise, table, impl, poisoned):
     cond, _, x, _, step = make_inputs((4, 3, 5), table)
-    kept = ops.sampler_step(cond, x, table, step, seed=1, impl=impl)
-    left_out = ops.sampler_step(cond, x, table, step, seed=1, return_noise=False, impl=impl)
-    assert left_out.noise is None and left_out.model_output.shape == cond.shape
-    assert torch.equal(kept.prev_sample, left_out.prev_sample) and torch.equal(kept.log_prob, left_out.log_prob)
+    key = NoiseKey(1, torch.arange(4, device=x.device))
+    everything = sampler_step(cond, x, table, step, key, return_mean=True, impl=impl)
+    out = sampler_step(cond, x, table, step, key, return_noise=return_noise, return_mean=return_mean, impl=impl)
+    assert (out.noise is None, out.mean is None) == (not return_noise, not return_mean)
+    wanted = everything._replace(
+        noise=everything.noise if return_noise else None, mean=everything.mean if return_mean else None
+    )
+    assert same(out, wanted)
 
 
-def test_default_sample_index_counts_rows(table, impl):
-    cond, _, x, _, step = make_inputs((4, 3, 5), table)
-    index = torch.arange(4, device=x.device)
-    default = ops.sampler_step(cond, x, table, step, seed=1, impl=impl)
-    assert all(map(torch.equal, default, ops.sampler_step(cond, x, table, step, seed=1, sample_index=index, impl=impl)))
+def test_the_output_is_handed_through_without_guidance(table, impl):
+    cond, _, x, z, step = make_inputs((4, 3, 5), table)
+    assert sampler_step(cond, x, table, step, z, impl=impl).model_output.data_ptr() == cond.data_ptr()
 
 
-def test_not_contiguous_and_int_step(table, impl):
+def test_not_contiguous(table, impl):
     cond, uncond, x, z, step = make_inputs((4, 6, 5, 3), table)
     plain = [cond, uncond, x, z]
     strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in plain]
 
     def run(tensors, step):
         cond, uncond, x, z = tensors
-        return ops.sampler_step(cond, x, table, step, uncond_output=uncond, guidance_scale=3.0, noise=z, impl=impl)
+        return sampler_step(cond, x, table, step, z, guidance=Guidance(uncond, 3.0), return_mean=True, impl=impl)
 
-    assert all(map(torch.equal, run(plain, torch.full_like(step, 5)), run(strided, 5)))
+    assert same(run(plain, step), run(strided, torch.stack([step, step], 1)[:, 0]))
+
+
+def test_one_step_for_all_rows_and_small_integers(table, impl):
+    """An int, a 0-d tensor, int32 and int64 say the same, of steps and of sample indices."""
+    cond, _, x, z, _ = make_inputs((4, 6, 5), table)
+    index = torch.arange(4, device=x.device)
+    forms = [torch.full(shape, 5, dtype=dtype, device=x.device) for shape in ((), (4,)) for dtype in INDEX_DTYPES]
+    for noise, other in ((z, z), (NoiseKey(3, index), NoiseKey(3, index.int()))):
+        want = sampler_step(cond, x, table, 5, noise, impl=impl)
+        assert same(want, *(sampler_step(cond, x, table, form, other, impl=impl) for form in forms))
+
+
+@pytest.mark.parametrize("outside", [-1, 20, 2**40])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_steps_outside_the_table(drawn, outside, table, impl):
+    """ValueError that names them on the CPU; the kernels read no foreign memory, and the row is NaN."""
+    cond, _, x, z, step = make_inputs((4, 6, 5), table)
+    step[2] = outside
+    noise = NoiseKey(3, torch.arange(4, device=x.device)) if drawn else z
+    if impl == "torch":
+        with pytest.raises(ValueError, match=rf"^step holds .*{outside}.*; give indices from 0 to 19"):
+            sampler_step(cond, x, table, step, noise, impl=impl)
+        return
+    out = sampler_step(cond, x, table, step, noise, return_mean=True, impl=impl)
+    for values in (out.prev_sample, out.noise, out.mean, out.log_prob):
+        assert values.view(4, -1).isnan().all(dim=1).tolist() == [False, False, True, False]
 
 
 def test_has_no_gradient(table, impl):
     cond, uncond, x, z, step = make_inputs((2, 3), table)
     cond.requires_grad_()
-    for uncond_output in (None, uncond):
-        out = ops.sampler_step(cond, x, table, step, uncond_output=uncond_output, noise=z, impl=impl)
+    for guidance in (None, Guidance(uncond, 3.0)):
+        out = sampler_step(cond, x, table, step, z, guidance=guidance, return_mean=True, impl=impl)
         assert not any(t.requires_grad for t in out)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"noise": None}, "neither of noise and seed"),
-        ({"seed": 1}, "both of noise and seed"),
-        ({"noise": None, "seed": -1}, "0 <= seed"),
-        ({"noise": None, "seed": torch.tensor(1.0)}, "0-d int64"),
-        ({"noise": None, "seed": 1, "sample_index": torch.arange(2)}, r"one per row, \(3,\)"),
-        ({"step": 20}, "0, ..., 19"),
-        ({"step": torch.zeros(3)}, r"\.long\(\)"),
-        ({"sample": torch.zeros(3, 5)}, r"sample has shape \(3, 5\)"),
-        ({"sample": torch.zeros(3, 4, dtype=torch.int32)}, "torch.int32"),
-        ({"sample": torch.zeros(3, 4, device="meta")}, "sample is on meta"),
-        ({"impl": "cuda"}, "'auto', 'torch', 'triton'"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("impl", ["torch"])
-def test_errors_say_what_to_change(change, message, table, impl):
-    cond, _, x, z, step = make_inputs((3, 4), table)
-    arguments = {"sample": x, "table": table, "step": step, "noise": z, "impl": impl} | change
-    with pytest.raises(ValueError, match=message):
-        ops.sampler_step(cond, **arguments)

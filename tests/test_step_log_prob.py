@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pcpo_fast import ops
+from pcpo_fast import policy_loss, step_log_prob
+from pcpo_fast.columns import COLUMNS
 from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
 EPS = torch.finfo(torch.float32).eps
@@ -18,16 +19,22 @@ def make_inputs(shape, table, dtypes=DTYPES["fp32"]):
     step = torch.randint(0, 19, shape[:1], generator=generator)
     if len(step) > 2:
         step[1] = 19
-    a, b, s, *_ = (column.view(-1, *[1] * (m.dim() - 1)).cpu() for column in table.rows[step].unbind(1))
-    tensors = (m, x, a * x + b * m + s * z)
     device = table.rows.device
+    a, b, s = (column.float().cpu().view(-1, *[1] * (m.dim() - 1)) for column in coefficients(table, step.to(device)))
+    tensors = (m, x, a * x + b * m + s * z)
     return *(t.to(device, dtype) for t, dtype in zip(tensors, dtypes, strict=True)), step.to(device)
+
+
+def coefficients(table, step):
+    """a, b, s at each row, float64 (rows, 1)."""
+    names = ("sample_coef", "output_coef", "std")
+    return [table.rows[step, COLUMNS.index(name)].double()[:, None] for name in names]
 
 
 def run(inputs, table, impl, **kwargs):
     m, x, prev_x, step = inputs
     m = m.detach().requires_grad_()
-    log_prob = ops.step_log_prob(m, x, prev_x, table, step, impl=impl, **kwargs)
+    log_prob = step_log_prob(m, x, prev_x, table, step, impl=impl, **kwargs)
     (gradient,) = torch.autograd.grad(log_prob.sum(), m)
     assert gradient.dtype == m.dtype
     return log_prob.detach(), gradient
@@ -46,7 +53,7 @@ def test_matches_float64_autograd(reduction, dtypes, shape, table, impl, poisone
     (want_gradient,) = torch.autograd.grad(want.sum(), m)
     m = m.detach()
 
-    a, b, s, *_ = (column[:, None].double() for column in table.rows[inputs[3]].unbind(1))
+    a, b, s = coefficients(table, inputs[3])
     random = s > 0
     inverse = torch.where(random, 1 / s, 0)
     scale = 1 / m.shape[1] if reduction == "mean" else 1.0
@@ -74,7 +81,7 @@ def test_unnormalized_matches_float64_autograd(reduction, shape, unnormalized_ta
     m = m.double().requires_grad_()
     want = step_log_prob_oracle(m, x, prev_x, table.rows, step, reduction=reduction, normalized=False)
     (want_gradient,) = torch.autograd.grad(want.sum(), m)
-    a, b, s, *_ = (column[:, None].double() for column in table.rows[step].unbind(1))
+    a, b, s = coefficients(table, step)
     m, x, prev_x = (t.detach().double().flatten(1) for t in (m, x, prev_x))
     scale = 1 / m.shape[1] if reduction == "mean" else 1.0
     random = s > 0
@@ -104,11 +111,33 @@ def test_a_row_alone_has_the_same_bits_on_every_run(shape, table, impl):
         assert all(torch.equal(a, t[i : i + 1]) for a, t in zip(alone, together, strict=True))
 
 
-def test_not_contiguous_and_int_step(table, impl):
+def test_not_contiguous(table, impl):
     *tensors, step = make_inputs((4, 6, 5, 3), table)
-    step = torch.full_like(step, 7)
     strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in tensors]
-    assert all(map(torch.equal, run([*tensors, step], table, impl), run([*strided, 7], table, impl)))
+    both = (torch.stack([step, step], 1)[:, 0], step)
+    results = [run([*t, s], table, impl) for t, s in zip((strided, tensors), both, strict=True)]
+    assert all(map(torch.equal, *results))
+
+
+def test_one_step_for_all_rows_and_small_integers(table, impl):
+    *tensors, step = make_inputs((4, 6, 5), table)
+    want = run([*tensors, torch.full_like(step, 7)], table, impl)
+    zero_dim = [torch.tensor(7, dtype=dtype, device=step.device) for dtype in (torch.int64, torch.int32)]
+    for one in (7, *zero_dim, torch.full_like(step, 7).int()):
+        assert all(map(torch.equal, want, run([*tensors, one], table, impl)))
+
+
+@pytest.mark.parametrize("outside", [-1, 20, 2**40])
+def test_steps_outside_the_table(outside, table, impl):
+    """ValueError that names them on the CPU; NaN in the row of the kernels."""
+    *tensors, step = make_inputs((4, 6, 5), table)
+    step[2] = outside
+    if impl == "torch":
+        with pytest.raises(ValueError, match=rf"^step holds .*{outside}.*; give indices from 0 to 19"):
+            step_log_prob(*tensors, table, step, impl=impl)
+        return
+    log_prob, gradient = run([*tensors, step], table, impl)
+    assert log_prob.isnan().tolist() == [False, False, True, False] and gradient[[0, 1, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", ["torch"])
@@ -117,18 +146,29 @@ def test_gradcheck(reduction, table, unnormalized_table, impl):
     m, x, prev_x, step = make_inputs((4, 2, 3), table)
     for kind in (table, unnormalized_table):
         assert torch.autograd.gradcheck(
-            lambda m, kind=kind: ops.step_log_prob(m, x, prev_x, kind, step, reduction=reduction),
+            lambda m, kind=kind: step_log_prob(m, x, prev_x, kind, step, reduction=reduction),
             m.double().requires_grad_(),
         )
 
 
-def test_agrees_with_the_policy_loss(table, impl):
+def test_agrees_with_the_policy_loss(native_table, impl):
     """The gradient of the on-policy log-ratio is the gradient of the log-probability."""
+    table = native_table
     m, x, prev_x, step = make_inputs((4, 3, 5), table)
-    table.rows[:, 3] = table.rows[:, 4]
-    a, b, s, *_ = (column.view(-1, 1, 1) for column in table.rows[step].unbind(1))
+    a, b, s = (column.float()[:, None] for column in coefficients(table, step))
     noise = torch.where(s > 0, (prev_x - a * x - b * m) / s, 0)
     new = m.clone().requires_grad_()
-    loss = ops.policy_loss(new, m, noise, table, step, torch.ones_like(s[:, 0, 0]), objective="ppo", impl=impl).loss
+    loss = policy_loss(new, m, noise, table, step, torch.ones_like(s[:, 0, 0]), objective="ppo", impl=impl).loss
     (gradient,) = torch.autograd.grad(-4 * loss, new)
     torch.testing.assert_close(gradient, run((m, x, prev_x, step), table, impl)[1], rtol=1e-4, atol=1e-6)
+
+
+def test_means_in_the_place_of_outputs(table, impl):
+    """`for_means`: the same log-probability of a mean that is carried, whose gradient is 1 / b of the output's."""
+    m, x, prev_x, step = make_inputs((4, 3, 5), table)
+    a, b, _ = (column[:, None] for column in coefficients(table, step))
+    mean = (a * x + b * m).float()
+    want, want_gradient = run((m, x, prev_x, step), table, impl)
+    log_prob, gradient = run((mean, x, prev_x, step), table.for_means(), impl)
+    torch.testing.assert_close(log_prob, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((b * gradient).float(), want_gradient, rtol=1e-3, atol=1e-5)
