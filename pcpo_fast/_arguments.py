@@ -6,6 +6,7 @@ Every message says what was given, what is accepted and what to change.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +17,8 @@ from .samplers.table import StepTable
 Impl = Literal["auto", "torch", "triton"]
 Reduction = Literal["mean", "sum"]
 RowReduction = Literal["mean", "sum", "none"]
+
+IMPLS, REDUCTIONS, ROW_REDUCTIONS = map(get_args, (Impl, Reduction, RowReduction))
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -282,21 +285,19 @@ def resolve_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, 
     pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if len(pair) != 2:
         raise ValueError(f"clip_range={clip_range!r} has {len(pair)} numbers; give one, or a pair: below and above")
-    below, above = (_number("clip_range", bound) for bound in pair)
+    below, above = _number("clip_range", pair[0]), _number("clip_range", pair[1])
     if not (below > 0 and above > 0):
         raise ValueError(f"clip_range={clip_range} leaves nothing to learn from; use positive numbers, such as 1e-4")
     return below, above
 
 
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Checks one of some names, given as a Literal or a tuple."""
-    accepted = choices if isinstance(choices, tuple) else get_args(choices)
-    if value not in accepted:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, accepted))}")
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
 
 
 def resolve_impl(impl: str, *tensors: Tensor | None) -> str:
-    check_choice("impl", impl, Impl)
+    check_choice("impl", impl, IMPLS)
     present = [t for t in tensors if t is not None]
     double = any(t.dtype == torch.float64 for t in present)
     if impl == "auto":

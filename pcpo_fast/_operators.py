@@ -185,6 +185,9 @@ for _schema in _SCHEMAS:
     _OPERATORS[_name] = _operator, [argument.name for argument in _operator._schema.arguments]
 
 
+_gradient, _ = _OPERATORS["gradient"]
+
+
 def _differentiable(name: str) -> None:
     """Gives an operator its gradient: of the first output, with respect to `model_output` and `uncond_output`.
 
@@ -222,7 +225,7 @@ def _differentiable(name: str) -> None:
             if grad_output is None:
                 return tuple(gradients)
             direction, coefficients, model_output, uncond_output, ref_model_output = ctx.saved_tensors
-            gradients[places["model_output"]], uncond_gradient = torch.ops.pcpo_fast.gradient(
+            gradients[places["model_output"]], uncond_gradient = _gradient(
                 direction,
                 coefficients,
                 grad_output,

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from . import reference  # pyright: ignore[reportAttributeAccessIssue]
 from ._arguments import (
+    REDUCTIONS,
+    ROW_REDUCTIONS,
     Guidance,
     Impl,
     NoiseKey,
@@ -182,7 +184,7 @@ def step_log_prob(
     check_tensor("sample", sample)
     check_tensor("prev_sample", prev_sample)
     check_like(model_output, sample=sample, prev_sample=prev_sample)
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     log_prob, _, _ = call(
         "step_log_prob",
         model_output=model_output,
@@ -228,7 +230,7 @@ def step_log_ratio(
         "prev_sample": source["prev_sample"],
     }
     check_like(model_output, **tensors)
-    check_choice("reduction", reduction, Reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     log_ratio, _, _ = call(
         "step_log_ratio",
         model_output=model_output,
@@ -311,9 +313,9 @@ def policy_loss(
     check_per_row("advantages", advantages, model_output)
     if row_weights is not None:
         check_per_row("row_weights", row_weights, model_output)
-    check_choice("objective", objective, tuple(reference.OBJECTIVES))
-    check_choice("reduction", reduction, Reduction)
-    check_choice("row_reduction", row_reduction, RowReduction)
+    check_choice("objective", objective, list(reference.OBJECTIVES))
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("row_reduction", row_reduction, ROW_REDUCTIONS)
     below, above = resolve_clip_range(clip_range)
     loss, log_ratio, clipped, kl_per_row, old_kl, _, _ = call(
         "policy_loss",

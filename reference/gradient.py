@@ -22,7 +22,7 @@ def gradient(
     # (rows, 1, ...) tensors, which take part in type promotion where a scalar would be rounded to half precision
     per_row = (-1, *[1] * (direction.dim() - 1))
     factors = coefficients * (grad_output[:, None] if grad_output.dim() else grad_output)
-    factor = factors[:, :1].view(per_row)
+    factor, *ref_factor = (column.view(per_row) for column in factors.unbind(1))
     gradient = direction * factor
     if direction.dtype == torch.float16:
         # a direction that overflowed does not reach a row without gradient
@@ -31,7 +31,7 @@ def gradient(
         new = model_output
         if uncond_output is not None:
             new = guided_output(new, uncond_output, guidance_scale, dtype, torch.empty_like(new))
-        gradient.addcmul_(new.to(dtype) - ref_model_output, factors[:, 1:].view(per_row))
+        gradient.addcmul_(new.to(dtype) - ref_model_output, *ref_factor)
     if uncond_output is None:
         return gradient.to(direction.dtype), direction.new_empty(0)
     return (gradient * guidance_scale).to(direction.dtype), gradient.mul_(1 - guidance_scale).to(direction.dtype)
