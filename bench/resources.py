@@ -70,7 +70,9 @@ def cases():
 
     def policy_loss(source, objective, uncond=None, ref=None, old=half, weights=None, loss=single):
         given, bytes_given = sources[source]
-        inputs = (half, uncond, old, *given, ref, single, index, single, weights, weights if ref else None)
+        # the log-ratio alone is a kernel without advantages and a loss
+        advantages, loss = (single, loss) if objective in OBJECTIVES else (None, None)
+        inputs = (half, uncond, old, *given, ref, single, index, advantages, weights, weights if ref else None)
         outputs = (half, single, count, single, loss, single, flag, single if ref else None, single, single)
         scalars = (5.0, 1e-4, 1e-4, 2e-4, -1e-4, 2e-4, 0.1, 8.0, 1, 50, 8)
         read = 2 + size[old] + size[uncond] + size[ref] + bytes_given
