@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
     def case_of(item):
         return item.callspec.params.get("case") if hasattr(item, "callspec") else None
 
-    # what matters most first, should the time run out
+    # the most important ones first, in case the time runs out
     items.sort(key=lambda item: case_of(item).priority if case_of(item) else -1)
     if config.getoption("--quick"):
         kept = [item for item in items if case_of(item) is None or case_of(item).shape == next(iter(SHAPES))]

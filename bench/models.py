@@ -28,9 +28,9 @@ _CLIP_G = {
     "projection_dim": 1280,
     "hidden_act": "gelu",
 }
-# by the preset's name: stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, stable-diffusion-3.5-medium
+# preset -> structure: stable-diffusion-v1-5, stable-diffusion-xl-base-1.0, stable-diffusion-3.5-medium
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
-    # of the UNet what it has by default
+    # the UNet keeps its defaults
     "sd15": {"unet": {"sample_size": 64, "cross_attention_dim": 768}, "vae": _SD_VAE, "text_encoder": _CLIP_L},
     "sdxl": {
         "unet": {
@@ -89,7 +89,7 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _REDUCED_UNET = {"attention_head_dim": 2, "layers_per_block": 1, "norm_num_groups": 4}
-# what a CPU runs in seconds
+# small enough for seconds on a CPU
 REDUCED: dict[str, dict[str, Any]] = {
     "unet": {
         "sd15": _REDUCED_UNET | {"block_out_channels": (8, 16, 16, 16)},

@@ -62,7 +62,7 @@ def record(
         "floor_bytes_per_element": floor // (case.rows * math.prod(SHAPES[case.shape])),
         "bytes_per_s": floor / median,
         "share_of_copy": floor / median / copy_bandwidth,
-        # of the same round, so that a slow spell of the machine cancels
+        # ratios within a round, so that a slow spell of the machine cancels
         "speedup_over_eager": eager and statistics.median(e / t for e, t in zip(eager, seconds, strict=False)),
         "peak_extra_bytes": peak,
         "launches": launches,

@@ -59,7 +59,7 @@ def cases():
         MockTensor, (torch.bfloat16, torch.float32, torch.int64, torch.int32, torch.bool)
     )
     size = {half: 2, single: 4, None: 0}
-    # what the kernel takes: noise, seed, sample index, sample, previous sample; and their bytes
+    # the kernel's arguments noise, seed, sample index, sample, previous sample; and their bytes
     sources = {
         "noise": ((single, None, None, None, None), 4),
         "key": ((None, index, index, None, None), 0),

@@ -25,12 +25,12 @@ SIDE = 512
 STEPS, GROUP, TOKENS = 10, 24, 77 + 256
 MICRO_BATCH = 4
 PHASES = ("rollout", "decode", "reward", "update")
-# what an epoch does without each of the savings
+# the epoch without each of the savings
 UNSAVED = ("text encoders kept", "noise kept", "images decoded at once")
 VARIANTS = ("all savings", *UNSAVED, "no savings")
-# of a GPU: the real weights, and what an epoch makes of them
+# GPU memory: the real weights, and what an epoch adds to them
 GPU_BYTES = 60e9
-# of a measured difference: a CPU's is exact but for scalars, a GPU's allocator rounds blocks up by as much as 1 MiB
+# tolerance of a difference: exact on a CPU but for scalars; a GPU's allocator rounds blocks up by as much as 1 MiB
 SLACK = {"cpu": 2**18, "cuda": 2**24}
 
 INEXACT = "exact on a CPU only: a GPU's allocator rounds up, and libraries keep workspaces"
@@ -65,7 +65,7 @@ def make_trainer(variant, device, folder):
     pipeline = make_pipeline(MODEL, device)
     policy = StableDiffusion3Policy(pipeline, config.model, decode_batch=decode_batch, keep_reference=False)
     trainer = Trainer(config, policy, folder)
-    # what a graph runs cannot be patched, and its memory is not in the allocator's peak
+    # a graph cannot be patched, and its memory is not in the allocator's peak
     trainer.engine = RolloutEngine(policy, MICRO_BATCH, graphs=False)
     return trainer
 

@@ -112,7 +112,7 @@ def check_without_old(i: Inputs, outputs: Outputs, competitor: str) -> None:
 
 
 def check_guided(i: Inputs, outputs: Outputs, competitor: str) -> None:
-    # what the usual code rounded it to; ours rounds once
+    # the usual code rounds twice; ours rounds once
     rounded_once = guided(i.cond_output.detach().float(), i.uncond_output.detach().float()).to(i.cond_output.dtype)
     model_output = outputs.get("guided", rounded_once)
     check_guided_output(i, model_output)
@@ -175,7 +175,7 @@ KEY = dataclasses.replace(
     reads=("model_output", "old_model_output"),
     ours=functools.partial(our_gradient, source="key"),
 )
-# what trainers that keep states have: the old output is made of them
+# for trainers that keep states: the old output is made from them
 WITHOUT_OLD = dataclasses.replace(
     GRADIENT,
     name="policy loss with gradient, without the old output",

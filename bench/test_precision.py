@@ -16,12 +16,12 @@ from pcpo_fast import policy_loss, sampler_step
 
 SHAPE = (4, 64, 64)
 SEEDS = 16
-# of 50 DDIM steps, from the noisiest to the last
+# steps of 50-step DDIM, from the noisiest to the last
 STEPS = (0, 10, 20, 30, 40, 46, 48, 49)
 # orders of magnitude of the true log-ratio, half an order apart
 TARGETS = tuple(10.0 ** (exponent / 2) for exponent in range(-16, -3))
 CLIP_RANGE = 1e-4
-# what the figure calls them, and where
+# labels in the figure, and their places
 METHODS = {
     "bf16": ("subtract log-probs,\nlatents rounded to bf16", 3e-6, 8e3),
     "fp32": ("subtract fp32 log-probs", 1e-8, 5e-3),
@@ -111,7 +111,7 @@ def _bf16_error(new, old, sample, noise, table, step):
     old_log_prob = usual_log_prob(old, sample, prev_sample, affine_step, affine_schedule(table), step)
     stored = prev_sample.bfloat16().float()
     new_log_prob = usual_log_prob(new, sample, stored, affine_step, affine_schedule(table), step)
-    # of rounded latents a row's true log-ratio may happen to be near 0: relative to what it was before rounding
+    # with rounded latents a true log-ratio may be near 0: errors are relative to the one before rounding
     size = true_log_ratio(new, old, sample, prev_sample, table, step).abs()
     error = (new_log_prob - old_log_prob).double() - true_log_ratio(new, old, sample, stored, table, step)
     return error.abs() / size

@@ -56,11 +56,11 @@ class Clock:
         clock, began = self, {}
 
         def enter(span):
-            began[span] = clock._now()
+            began[span] = clock.now()
             return span
 
         def leave(span, *error):
-            clock.times[span.name].append((began.pop(span), clock._now()))
+            clock.times[span.name].append((began.pop(span), clock.now()))
 
         with (
             mock.patch.object(record_function, "__enter__", enter),
@@ -68,7 +68,7 @@ class Clock:
         ):
             yield
 
-    def _now(self):
+    def now(self):
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

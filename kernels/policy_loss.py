@@ -65,7 +65,7 @@ def ppo(log_ratio, advantage, below, above, lowest, highest):
     return -surrogate, tl.where(clipped, 0.0, surrogate), clipped
 
 
-# by name: log_ratio, advantage, the clip range below and above, and the bounds of log rho that they give (log1p), to
+# name -> function of log_ratio, advantage, the clip range below and above, and the bounds of log rho (log1p), to
 # loss, derivative by -log_ratio and clipped
 OBJECTIVES = {"pcpo": pcpo, "ppo": ppo}
 

@@ -23,7 +23,7 @@ IMPLS, REDUCTIONS, ROW_REDUCTIONS = map(get_args, (Impl, Reduction, RowReduction
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
-# what the operators are given where an argument is left out
+# operator arguments where the caller leaves one out
 UNDRAWN = {"noise": None, "seed": None, "sample_index": None}
 NO_STATES = {"sample": None, "prev_sample": None}
 NO_GUIDANCE = {"uncond_output": None, "guidance_scale": 1.0}

@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pcpo_fast.config import LossSettings
 
-# what a reward is compared with
+# the peers of a reward
 Baseline = Literal["group", "prompt", "batch"]
 # far below the spread of any reward; a group of equal rewards gets advantages of 0
 EPSILON = 1e-4

@@ -58,13 +58,13 @@ def policy_loss_oracle(
     ref_model_output: Tensor | None = None,
     kl_weight: Tensor | float = 0.0,
     normalized: bool = True,
-    guard_interval: Tensor | None = None,
+    interval: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The textbook formulas in float64, differentiable by autograd: loss, log_ratio, clipped, kl and old_kl per row.
 
-    The credit `weight` (T,), `normalized` and GRPO-Guard's interval (T,) are given by themselves: a, b and s are all
-    that is read from the table. An objective that has no textbook formula here is its function in `OBJECTIVES`,
-    differentiated by autograd.
+    Only a, b and s are read from the table. The credit `weight` (T,), `normalized` and, for the loss of GRPO-Guard, the
+    `interval` (T,) are given by themselves. An objective without a textbook formula here is its function in
+    `OBJECTIVES`, differentiated by autograd.
     """
     new, old, z = (t.double().flatten(1) for t in (model_output, old_model_output, noise))
     coef = coefficients(table, step, torch.float64)
@@ -83,7 +83,7 @@ def policy_loss_oracle(
         return -reduce((std * (whitened + w * m)).square(), dim=1)
 
     log_ratio = log_prob(new) - log_prob(old)
-    if guard_interval is not None:
+    if interval is not None:
         # the shift of the mean's own part of the log-ratio taken out, and the step's scale
         shift = w * (new - old)
         own_part = shift.square() / 2 if normalized else (std * shift).square()
@@ -100,8 +100,8 @@ def policy_loss_oracle(
         clipped = clipped_loss > unclipped_loss
     else:
         loss, _, clipped = OBJECTIVES[objective](log_ratio, advantages, below, above)
-    if guard_interval is not None:
-        loss = loss / guard_interval.double()[step]
+    if interval is not None:
+        loss = loss / interval.double()[step]
 
     def divergence(m: Tensor, other: Tensor) -> Tensor:
         policy, reference = (Normal(-native * output, 1.0) for output in (m, other))
@@ -135,7 +135,7 @@ def ppo(log_ratio: Tensor, advantages: Tensor, below: float, above: float) -> tu
 
 Objective = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor, Tensor]]
 
-# by name: float64 (rows,) log_ratio and advantages, and the clip range, to loss, derivative by -log_ratio and clipped
+# name -> function of float64 (rows,) log_ratio and advantages, and the clip range, to loss, derivative and clipped
 OBJECTIVES: dict[str, Objective] = {"pcpo": pcpo, "ppo": ppo}
 
 

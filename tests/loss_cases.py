@@ -25,7 +25,7 @@ EPS = torch.finfo(torch.float32).eps
 # table's slope and curvature, which the oracle takes unrounded, add four
 UNIT = 20 * EPS
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# of model_output, old_model_output, noise, ref_model_output
+# dtypes of model_output, old_model_output, noise, ref_model_output
 DTYPES = {"fp32": (F32,) * 4, "bf16": (BF16,) * 4, "fp16": (F16,) * 4, "mixed": (F16, BF16, F32, F32)}
 # one element, one row, a power of two, a row split over programs
 SHAPES = [(5, 1), (1, 3, 5, 7), (6, 4, 8, 8), (3, 9001)]
@@ -161,7 +161,7 @@ class Settings:
         return self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
 
 
-# of what is done with the rows
+# row reductions and weights
 ROW_SETTINGS = [
     {"row_reduction": row_reduction, "weighted": weighted, "kl": kl, "guided": guided}
     for row_reduction, weighted, kl, guided in itertools.product(
@@ -261,7 +261,7 @@ def run_oracle(rows: Rows, table: StepTable, impl: str = "torch", given: Source 
         ref_model_output=rows.ref if settings.kl else None,
         kl_weight=rows.kl_weights.double() if settings.kl == "per row" else KL_WEIGHT,
         normalized=table.normalized,
-        guard_interval=table.interval if table.guard else None,
+        interval=table.interval if table.guard else None,
     )
     loss = out.pop("loss")
     reduced = {"mean": loss.mean, "sum": loss.sum, "none": lambda: total(loss)}[settings.row_reduction]()

@@ -208,7 +208,7 @@ def flux(guidance_embeds: bool = True) -> FluxPipeline:
     )
 
 
-# by the name of the preset whose model has this structure
+# preset -> structure of its model
 FAMILIES: dict[str, Callable[..., DiffusionPipeline]] = {
     "sd15": stable_diffusion,
     "sdxl": stable_diffusion_xl,

@@ -79,7 +79,7 @@ def test_prompt_embeddings_carry_the_digit_in_any_wording():
     )
     assert embeds.shape == (80, 2 * models.MAX_PROMPT_TOKENS, 128)
     assert pooled.shape == (80, 128)
-    # by the nearest mean of the other wordings
+    # classified by the nearest mean of the other wordings
     pooled = pooled.view(10, len(data.PROMPT_TEMPLATES), 128)
     for wording in range(len(data.PROMPT_TEMPLATES)):
         others = [other for other in range(len(data.PROMPT_TEMPLATES)) if other != wording]

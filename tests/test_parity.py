@@ -357,7 +357,7 @@ def test_the_last_step_of_diffusion_where_it_is_deterministic(settings):
     assert (ours.log_prob == 0).all() and ours.prev_sample.isfinite().all()
 
 
-# what is left out on purpose, and how much it is
+# left out on purpose, and its size
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.bfloat16, 4.9e-3), (torch.float16, 2.0e-4)], ids=str)
@@ -424,7 +424,7 @@ def test_advantages_of_groups(name, correction, epsilon, factor):
     deviation = groups.std(dim=1, correction=correction, keepdim=True)
     theirs = ((groups - groups.mean(dim=1, keepdim=True)) / (deviation + epsilon)).flatten()
     ours = Advantages("group", 5.0, 16, 16)(rewards.float(), ["a"] * 12 + ["b"] * 12, 12).double()
-    # what the epsilons are against a deviation of 0.2 at least
+    # the two epsilons, relative to a deviation of at least 0.2
     assert deviation.min() > 0.2
     torch.testing.assert_close(factor * ours, theirs, rtol=1e-4 / 0.2 if name == "dance" else 4 * U, atol=4 * U)
 

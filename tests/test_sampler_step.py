@@ -8,7 +8,7 @@ from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
 EPS = torch.finfo(torch.float32).eps
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# of the model's outputs and of the sample
+# dtypes of the model's outputs and of the sample
 DTYPES = {"fp32": (F32, F32), "bf16": (BF16, BF16), "fp16": (F16, F16), "mixed": (BF16, F32)}
 SHAPES = [(5, 1), (1, 3, 5, 7), (6, 4, 8, 8), (3, 9001)]
 INDEX_DTYPES = (torch.int64, torch.int32)

@@ -25,7 +25,7 @@ def build_scheduler(name: str, **settings):
 SCHEDULERS = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler")
 
 
-# what the scheduler itself uses after its last timestep, in its own terms
+# the scheduler's own final alpha, in its own terms
 FINAL_ALPHA = {
     "DDIMScheduler": lambda scheduler: scheduler.final_alpha_cumprod,
     "DDPMScheduler": lambda scheduler: scheduler.one,

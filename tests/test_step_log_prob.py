@@ -7,7 +7,7 @@ from pcpo_fast.reference.step_log_prob import step_log_prob_oracle
 
 EPS = torch.finfo(torch.float32).eps
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# of model_output, sample, prev_sample
+# dtypes of model_output, sample, prev_sample
 DTYPES = {"fp32": (F32,) * 3, "bf16": (BF16,) * 3, "fp16": (F16,) * 3, "mixed": (F16, F32, BF16)}
 SHAPES = [(5, 1), (1, 3, 5, 7), (6, 4, 8, 8), (3, 9001)]
 

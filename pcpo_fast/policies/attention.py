@@ -17,7 +17,7 @@ SDPA_KERNELS = {
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
-# by the setting: the module, and what to install
+# setting -> module, and the package to install
 PACKAGES = {"xformers": ("xformers", "'pcpo-fast[xformers]'"), "flash": ("flash_attn", "flash-attn")}
 
 

@@ -235,7 +235,7 @@ class DiffusersPolicy:
                 "...); resume with the run's own model and target modules",
             )
 
-    # what a family overrides
+    # hooks of a family of models
 
     @classmethod
     def check(cls, settings: ModelSettings, config: Mapping[str, Any], scale: int) -> None:
@@ -306,7 +306,7 @@ class DiffusersPolicy:
         """Sets the attention of `denoiser` to that of the package `name`, one of `attention_packages`."""
         denoiser.enable_xformers_memory_efficient_attention()
 
-    # what families share
+    # shared by all families
 
     @classmethod
     def schedule_of(cls, scheduler: Any, settings: ModelSettings, config: Mapping[str, Any], scale: int) -> Schedule:
