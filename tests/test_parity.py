@@ -41,6 +41,7 @@ from pcpo_fast import (
     step_log_prob,
 )
 from pcpo_fast.advantages import Advantages
+from pcpo_fast.config import LossSettings
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -423,7 +424,7 @@ def test_advantages_of_groups(name, correction, epsilon, factor):
     groups = rewards.view(2, 12)
     deviation = groups.std(dim=1, correction=correction, keepdim=True)
     theirs = ((groups - groups.mean(dim=1, keepdim=True)) / (deviation + epsilon)).flatten()
-    ours = Advantages("group", 5.0, 16, 16)(rewards.float(), ["a"] * 12 + ["b"] * 12, 12).double()
+    ours = Advantages(LossSettings(advantage="group"))(rewards.float(), ["a"] * 12 + ["b"] * 12, 12).double()
     # the two epsilons, relative to a deviation of at least 0.2
     assert deviation.min() > 0.2
     torch.testing.assert_close(factor * ours, theirs, rtol=1e-4 / 0.2 if name == "dance" else 4 * U, atol=4 * U)
@@ -432,7 +433,7 @@ def test_advantages_of_groups(name, correction, epsilon, factor):
 def test_advantages_of_prompts():
     """DDPO's, with 1e-6 for our 1e-4: the last 16 rewards of a prompt, and the whole epoch's while it has fewer."""
     generator, buffers = torch.Generator().manual_seed(1), {"a": [], "b": []}
-    advantages = Advantages("prompt", 10.0, 16, 16)
+    advantages = Advantages(LossSettings(advantage="prompt", advantage_clip=10.0))
     for _ in range(3):
         prompts = ["a"] * 12 + ["b"] * 4
         rewards = torch.rand(16, generator=generator)
