@@ -211,14 +211,15 @@ def policy_loss_fwd_kernel(
         a = coefficient(table_ptr, step, num_steps, SAMPLE_COEF)
         b = coefficient(table_ptr, step, num_steps, OUTPUT_COEF)
         std = coefficient(table_ptr, step, num_steps, STD)
-        divisor = inverse(b if old_ptr is None else std)
+        if old_ptr is not None:
+            inverse_std = inverse(std)
     if old_ptr is None:
         # x' = a x + b m_old + s z, solved for m_old
-        old = tl.where(mask, (prev_x - affine_mean(x, noise, a, std)) * divisor, 0.0)
+        old = tl.where(mask, (prev_x - affine_mean(x, noise, a, std)) * inverse(b), 0.0)
     else:
         old = load(old_ptr + offset, column, mask)  # [BLOCK]
         if sample_ptr is not None:
-            noise = (prev_x - affine_mean(x, old, a, b)) * divisor
+            noise = (prev_x - affine_mean(x, old, a, b)) * inverse_std
     e = new - old
     if direction_ptr is not None:
         direction = tl.fma(curvature, e, noise)
