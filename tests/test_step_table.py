@@ -147,6 +147,34 @@ def test_length_and_immutability():
         table.std = table.std * 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_table_does_not_follow_what_it_was_made_of():
+    """Else a, b, s and the timesteps would change, and the rows that the ops read would not."""
+    given = columns(credit=CREDIT.copy(), interval=H.copy())
+    want, table = table_of(credit=CREDIT, interval=H), StepTable(**given)
+    for values in given.values():
+        values[:] = 7
+    assert equal(table, want)
+    tensors = {name: torch.as_tensor(values) for name, values in columns().items()}
+    table = StepTable(**tensors)
+    for values in tensors.values():
+        values.fill_(7)
+    assert equal(table, table_of())
+
+
+def test_a_table_keeps_its_dtypes():
+    """`.to(unet.dtype)` would round a, b and s to half precision in silence."""
+    with pytest.raises(TypeError, match=r"keeps its own dtypes and was given torch\.bfloat16; give a device"):
+        table_of().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("timesteps", "abc"), ("sample_coef", None), ("std", ["a"] * T), ("credit", None)]
+)
+def test_columns_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a {type(value).__name__}, not numbers; give one number per step"):
+        table_of(**{name: value})
+
+
 def test_to_moves_every_tensor():
     for table in (sd_table(20, credit="proportionate"), table_of(credit=CREDIT).guarded()):
         moved = table.to("meta")

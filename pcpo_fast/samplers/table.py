@@ -94,7 +94,7 @@ class StepTable:
     from_scheduler = staticmethod(from_scheduler)
 
     def __post_init__(self) -> None:
-        timesteps = torch.as_tensor(self.timesteps).detach()
+        timesteps = _own("timesteps", self.timesteps)
         if timesteps.ndim != 1 or timesteps.numel() == 0:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one number per step, (T,) with T >= 1"
@@ -104,7 +104,7 @@ class StepTable:
         defaults = {"interval": ones / len(timesteps), "epsilon_scale": ones}
         for name in ("sample_coef", "output_coef", "std", "interval", "epsilon_scale"):
             given = getattr(self, name)
-            self._set(name, defaults[name] if given is None else self._column(name, given))
+            self._set(name, defaults[name] if given is None and name in defaults else self._column(name, given))
         if bool((self.std < 0).any()):
             raise ValueError(f"std has the negative entry {float(self.std.min()):.6g}; give s >= 0, 0 for no noise")
         if bool((self.interval <= 0).any()):
@@ -196,7 +196,13 @@ class StepTable:
         return f"<StepTable of {len(self)} steps, {int(self.trainable.sum())} with noise, credit {credit}>"
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table, bit for bit, with every tensor on `device`."""
+        """The same table, bit for bit, with every tensor on `device`.
+
+        Raises:
+            TypeError: for a dtype: a table keeps its own.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"a table keeps its own dtypes and was given {device}; give a device alone")
         moved = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -320,7 +326,7 @@ class StepTable:
         return float(weight.sum() / self.interval[counted].sum())
 
     def _column(self, name: str, values: Any) -> Tensor:
-        column = torch.as_tensor(values, dtype=torch.float64, device=self.timesteps.device).detach()
+        column = _own(name, values, dtype=torch.float64, device=self.timesteps.device)
         if column.shape != self.timesteps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(column.shape)} and timesteps {tuple(self.timesteps.shape)}; give one number "
@@ -332,6 +338,14 @@ class StepTable:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _own(name: str, values: Any, **options: Any) -> Tensor:
+    """A tensor that nobody else holds: the table is made once, and does not follow what it was made of."""
+    try:
+        return torch.as_tensor(values, **options).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is a {type(values).__name__}, not numbers; give one number per step, (T,)") from error
 
 
 _TENSORS = ("timesteps", "sample_coef", "output_coef", "std", "interval", "epsilon_scale")
