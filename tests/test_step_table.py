@@ -161,6 +161,24 @@ def test_a_table_does_not_follow_what_it_was_made_of():
     assert equal(table, table_of())
 
 
+def test_the_default_device_moves_no_table():
+    """As it is with `torch.set_default_device("cuda")`: a table is made on the CPU, and stays where it is."""
+    sigmas, alphas = torch.linspace(1, 0, 6), torch.linspace(0.99, 0.01, 1000)
+    table = table_of(credit=CREDIT)
+
+    def make():
+        yield from (table.guarded(), table.for_means(), table[1:3], StepTable.cat([table, table]))
+        for given, settings in ((sigmas, {}), (sigmas.tolist(), {"noise_level": [0.1] * 5, "window": (1, 3)})):
+            yield StepTable.flow(given, **settings)
+        for given in (alphas, alphas.tolist()):
+            yield StepTable.ddim(given, [900, 500, 100], credit="proportionate")
+
+    want = list(make())
+    with torch.device("meta"):
+        got = list(make())
+    assert all(equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 def test_a_table_keeps_its_dtypes():
     """`.to(unet.dtype)` would round a, b and s to half precision in silence."""
     with pytest.raises(TypeError, match=r"keeps its own dtypes and was given torch\.bfloat16; give a device"):

@@ -94,7 +94,9 @@ class StepTable:
     from_scheduler = staticmethod(from_scheduler)
 
     def __post_init__(self) -> None:
-        timesteps = _own("timesteps", self.timesteps)
+        # a tensor stays where it is, whatever the default device
+        place = {"device": self.timesteps.device} if isinstance(self.timesteps, Tensor) else {}
+        timesteps = _own("timesteps", self.timesteps, **place)
         if timesteps.ndim != 1 or timesteps.numel() == 0:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one number per step, (T,) with T >= 1"
