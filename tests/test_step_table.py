@@ -179,6 +179,25 @@ def test_the_default_device_moves_no_table():
     assert all(equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize(
+    "credit",
+    [
+        {"credit": "constant", "target_weight": 0.3},
+        {"credit": [0.3] * T},
+        {"credit": "proportionate", "target_weight": 1.0},
+    ],
+)
+def test_a_weight_that_turns_the_gradient_around_is_refused(credit):
+    """A model that puts out x0 - epsilon, say, has b > 0 and negative weights."""
+    b = -columns()["output_coef"]
+    with pytest.raises(ValueError, match=r"step 0 the weight 0\.\d+ and the sampler -\d.*the sign of -b / s"):
+        table_of(output_coef=b, **credit)
+    for scheme in ("native", "constant", "proportionate"):
+        assert (table_of(output_coef=b, credit=scheme).weight[:-1] < 0).all()
+    table = table_of(output_coef=b, credit="constant", target_weight=0.3, epsilon_scale=[-1.0] * T)
+    assert table.weight.tolist() == [-0.3] * (T - 1) + [0.0]
+
+
 def test_a_table_keeps_its_dtypes():
     """`.to(unet.dtype)` would round a, b and s to half precision in silence."""
     with pytest.raises(TypeError, match=r"keeps its own dtypes and was given torch\.bfloat16; give a device"):

@@ -73,7 +73,8 @@ class StepTable:
 
     Raises:
         ValueError: for shapes that differ, a negative or non-finite entry, an unknown credit, a level without a scheme
-            that uses it, and for a table that does not fit into float32.
+            that uses it, a weight whose sign is not that of the native one, and for a table that does not fit into
+            float32.
     """
 
     timesteps: Tensor
@@ -120,6 +121,14 @@ class StepTable:
                     "choose credit='constant'"
                 )
             self._set("credit", self._column("credit", self.credit))
+        turned = (self.weight * self.native_weight < 0).nonzero().flatten().tolist()
+        if turned:
+            weight, native = (float(column[turned[0]]) for column in (self.weight, self.native_weight))
+            raise ValueError(
+                f"credit gives step {turned[0]} the weight {weight:.6g} and the sampler {native:.6g}, and a loss with "
+                "the other sign trains away from the reward; give weights with the sign of -b / s, or give "
+                "epsilon_scale that sign"
+            )
         columns = self._columns()
         rows = torch.stack([columns[name] for name in COLUMNS], dim=1).to(torch.float32).contiguous()
         lost = ~rows.isfinite().all(dim=1) | (self.trainable & (rows[:, COLUMNS.index("std")] == 0))
