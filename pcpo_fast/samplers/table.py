@@ -186,7 +186,10 @@ class StepTable:
         return len(self.timesteps)
 
     def __getitem__(self, steps: int | slice) -> StepTable:
-        """The table of one step, or of a slice of them, with the weights that they have here."""
+        """The table of one step, or of a slice of them, with the weights that they have here.
+
+        A `NoiseKey` draws other noise from it than from the whole, since a counter depends on step and length.
+        """
         if not isinstance(steps, slice):
             step = range(len(self))[steps]
             steps = slice(step, step + 1)
@@ -274,7 +277,8 @@ class StepTable:
     @staticmethod
     def cat(tables: Iterable[StepTable]) -> StepTable:
         """The rows of several tables one after another, for batches of images of several sizes: step k of table i is
-        step k plus the lengths of the tables before it.
+        step k plus the lengths of the tables before it. A `NoiseKey` draws other noise from it than from its parts,
+        since a counter depends on the length of the table.
 
         Raises:
             ValueError: for no table, and for tables that differ in `normalized` or `guard`.
