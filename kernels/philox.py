@@ -90,7 +90,8 @@ def normal_pair(word0, word1):
 @triton.jit
 def normal_block(seed_ptr, sample_index, step, num_steps, numel, start, BLOCK: tl.constexpr):
     """N(0, 1) for the BLOCK elements of a row from `start`, a multiple of 4."""
-    first = (sample_index * num_steps + step) * tl.cdiv(numel, 4) + start // 4
+    # 64 bits: indices of int32 would wrap around, and repeat noise
+    first = (sample_index.to(tl.int64) * num_steps + step) * tl.cdiv(numel, 4) + start // 4
     w0, w1, w2, w3 = philox4x32(tl.load(seed_ptr), first + tl.arange(0, BLOCK // 4))  # [BLOCK // 4]
     n0, n1 = normal_pair(w0, w1)
     n2, n3 = normal_pair(w2, w3)

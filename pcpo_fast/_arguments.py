@@ -318,6 +318,7 @@ def detach(tensor: Tensor | None) -> Tensor | None:
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
-    if not math.isfinite(value):
+    # math.isfinite takes no number that torch.compile has made symbolic, as it does with one that changes between calls
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}={value} is not finite; give a finite number")
     return float(value)

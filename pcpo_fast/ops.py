@@ -276,7 +276,8 @@ def policy_loss(
     Args:
         model_output: (rows, ...) m_new; it and the unconditional output get a gradient (once: no double backward).
         old_model_output: (rows, ...) m_old, as the rollout stored it. None where `noise` is StoredStates with a noise:
-            it is then made from them, and the log-ratio of an unchanged model is below 1e-7 instead of exactly 0.
+            it is then made from them, and the log-ratio of an unchanged model is about 1e-7 (a mean over the row's
+            elements) instead of exactly 0.
         noise: z of the stored x': (rows, ...), as `sampler_step` returns it; or the key that it was drawn from, for
             latents stored in float32; or the states, from which z = (x' - a x - b m_old)/s is made.
         table, step, impl: as in `sampler_step`. Rows with weight 0 have log-ratio 0 and gradient 0.

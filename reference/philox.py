@@ -54,7 +54,8 @@ def normal_pair(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 
 def first_counters(sample_index: Tensor, step: Tensor, num_steps: int, numel: int) -> Tensor:
     """The counter of each row's first element, (rows, 1)."""
-    return (sample_index * num_steps + step).mul_(-(-numel // 4))[:, None]
+    # 64 bits: indices of int32 would wrap around, and repeat noise
+    return (sample_index.long() * num_steps + step).mul_(-(-numel // 4))[:, None]
 
 
 def noise_tile(seed: Tensor, first_counter: Tensor, columns: slice) -> Tensor:

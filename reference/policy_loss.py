@@ -175,7 +175,8 @@ def policy_loss(
     share = scale / len(step) if row_reduction == "mean" else scale
     log_ratio = ez.mul_(slope).mul_(-scale)
     loss, derivative, clipped = OBJECTIVES[objective](log_ratio, advantages.double(), clip_below, clip_above)
-    loss, shares = loss.mul_(loss_scale), derivative.mul_(loss_scale * slope).mul_(share)[:, None]
+    # not in place: an objective may return its own arguments
+    loss, shares = loss * loss_scale, (derivative * (loss_scale * slope)).mul_(share)[:, None]
     # KL divergences are w^2 / 2 times a square, with the sampler's own w = -b/s
     divergence = (coef["output_coef"] * inverse(coef["std"])).square_()
     kl = loss.new_empty(0, dtype=dtype)

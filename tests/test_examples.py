@@ -24,7 +24,7 @@ def test_the_ops_in_a_loop_of_ones_own_raise_the_reward():
 
 
 def test_a_sampler_of_ones_own():
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
     settings = SimpleNamespace(num_inference_steps=10)
     table = load("new_sampler").ddpm_large_variance(settings, SimpleNamespace(scheduler=scheduler))
     ddim = type(table).from_scheduler(scheduler, 10, eta=1.0)

@@ -105,12 +105,17 @@ def squared_hinge_in_triton(log_ratio, advantage, below, above, lowest, highest)
 
 
 def reinforce(log_ratio, advantages, below, above):
-    return -advantages * log_ratio, advantages.clone(), torch.zeros_like(advantages, dtype=torch.bool)
+    return -advantages * log_ratio, advantages, torch.zeros_like(advantages, dtype=torch.bool)
 
 
 @triton.jit
 def reinforce_in_triton(log_ratio, advantage, below, above, lowest, highest):
     return -advantage * log_ratio, advantage, advantage != advantage
+
+
+@triton.jit
+def arguments_in_triton(log_ratio, advantage, below, above, lowest, highest):
+    return log_ratio, advantage, False
 
 
 ADDED = {"squared hinge": (squared_hinge, squared_hinge_in_triton), "reinforce": (reinforce, reinforce_in_triton)}
@@ -157,6 +162,20 @@ def test_an_objective_that_is_gone_is_unknown(table, impl, device):
         policy_loss(
             *(rows.new, rows.old, rows.noise, table, rows.step, rows.advantages), objective="squared hinge", impl=impl
         )
+
+
+def test_an_objective_may_return_its_arguments(table, impl, device, monkeypatch):
+    """Neither the log-ratio handed back nor the caller's advantages change."""
+    name, rows = "returns its arguments", make_rows((3, 4), device)
+    monkeypatch.setitem(reference.OBJECTIVES, name, lambda ratio, a, below, above: (ratio, a, a != a))
+    monkeypatch.setitem(kernels.OBJECTIVES, name, arguments_in_triton)
+    table, advantages = table.guarded(), rows.advantages.double()
+    before = advantages.clone()
+    given = (rows.new, rows.old, rows.noise, table, rows.step, advantages)
+    out = policy_loss(*given, objective=name, row_reduction="none", impl=impl)
+    assert torch.equal(advantages, before)
+    assert torch.equal(out.log_ratio, policy_loss(*given, impl=impl).log_ratio)
+    torch.testing.assert_close(out.loss, (out.log_ratio / table.interval[rows.step]).float())
 
 
 # statistics

@@ -13,6 +13,7 @@ from pcpo_fast import (
     Reference,
     StoredStates,
     policy_loss,
+    ratio_stats,
     reference,
     sample_noise,
     sampler_step,
@@ -144,6 +145,23 @@ def test_compiles_as_one_graph(inputs, table, impl):
     torch.testing.assert_close(*total)
     torch.testing.assert_close(*gradient)
     assert all(torch.equal(a, b) for a, b in outputs)
+
+
+def test_numbers_that_change_between_calls_compile(inputs, table, impl):
+    """From the second value on torch.compile makes a number symbolic."""
+    m, other, x, z, step, advantages = inputs
+
+    def numbers(number, count):
+        guidance = Guidance(other, number)
+        out = sampler_step(m, x, table, count, z, guidance=guidance, impl=impl)
+        settings = {"clip_range": (number, 2 * number), "guidance": guidance, "kl": Reference(z, number), "impl": impl}
+        loss = policy_loss(m, out.model_output, NoiseKey(count, step), table, step, advantages, **settings)
+        return *out, *loss, *ratio_stats(loss.log_ratio, number)
+
+    compiled = torch.compile(numbers, fullgraph=True, backend="aot_eager")
+    for count, number in enumerate((0.1, 0.2, 0.3)):
+        pairs = zip(numbers(number, count), compiled(number, count), strict=True)
+        assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
 
 
 def run_python(code, **environment):

@@ -120,6 +120,14 @@ def test_seed_may_be_a_tensor_and_indices_small_integers(table, impl):
             assert torch.equal(want, sample_noise((2, 3, 5), table, step, key, impl=impl))
 
 
+def test_small_integers_do_not_wrap_around(table, impl, device):
+    """A counter has 64 bits, whatever the indices have."""
+    index, step = torch.tensor([2**31 - 1, 2**28], device=device), torch.tensor([3, 4], device=device)
+    want = sample_noise((2, 40), table, step, NoiseKey(1, index), impl=impl)
+    for few, small in ((step, index.int()), (step.int(), index), (step.int(), index.int())):
+        assert torch.equal(want, sample_noise((2, 40), table, few, NoiseKey(1, small), impl=impl))
+
+
 def test_one_sample_keeps_its_noise_in_another_batch(table, impl):
     """Nothing counts rows: the second batch of a seed has its own noise because its samples have other indices."""
     first, second = (torch.arange(2, device=table.rows.device) + start for start in (0, 1))

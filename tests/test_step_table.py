@@ -147,6 +147,71 @@ def test_length_and_immutability():
         table.std = table.std * 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_table_does_not_follow_what_it_was_made_of():
+    """Else a, b, s and the timesteps would change, and the rows that the ops read would not."""
+    given = columns(credit=CREDIT.copy(), interval=H.copy())
+    want, table = table_of(credit=CREDIT, interval=H), StepTable(**given)
+    for values in given.values():
+        values[:] = 7
+    assert equal(table, want)
+    tensors = {name: torch.as_tensor(values) for name, values in columns().items()}
+    table = StepTable(**tensors)
+    for values in tensors.values():
+        values.fill_(7)
+    assert equal(table, table_of())
+
+
+def test_the_default_device_moves_no_table():
+    """As it is with `torch.set_default_device("cuda")`: a table is made on the CPU, and stays where it is."""
+    sigmas, alphas = torch.linspace(1, 0, 6), torch.linspace(0.99, 0.01, 1000)
+    table = table_of(credit=CREDIT)
+
+    def make():
+        yield from (table.guarded(), table.for_means(), table[1:3], StepTable.cat([table, table]))
+        for given, settings in ((sigmas, {}), (sigmas.tolist(), {"noise_level": [0.1] * 5, "window": (1, 3)})):
+            yield StepTable.flow(given, **settings)
+        for given in (alphas, alphas.tolist()):
+            yield StepTable.ddim(given, [900, 500, 100], credit="proportionate")
+
+    want = list(make())
+    with torch.device("meta"):
+        got = list(make())
+    assert all(equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize(
+    "credit",
+    [
+        {"credit": "constant", "target_weight": 0.3},
+        {"credit": [0.3] * T},
+        {"credit": "proportionate", "target_weight": 1.0},
+    ],
+)
+def test_a_weight_that_turns_the_gradient_around_is_refused(credit):
+    """A model that puts out x0 - epsilon, say, has b > 0 and negative weights."""
+    b = -columns()["output_coef"]
+    with pytest.raises(ValueError, match=r"step 0 the weight 0\.\d+ and the sampler -\d.*the sign of -b / s"):
+        table_of(output_coef=b, **credit)
+    for scheme in ("native", "constant", "proportionate"):
+        assert (table_of(output_coef=b, credit=scheme).weight[:-1] < 0).all()
+    table = table_of(output_coef=b, credit="constant", target_weight=0.3, epsilon_scale=[-1.0] * T)
+    assert table.weight.tolist() == [-0.3] * (T - 1) + [0.0]
+
+
+def test_a_table_keeps_its_dtypes():
+    """`.to(unet.dtype)` would round a, b and s to half precision in silence."""
+    with pytest.raises(TypeError, match=r"keeps its own dtypes and was given torch\.bfloat16; give a device"):
+        table_of().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("timesteps", "abc"), ("sample_coef", None), ("std", ["a"] * T), ("credit", None)]
+)
+def test_columns_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} is a {type(value).__name__}, not numbers; give one number per step"):
+        table_of(**{name: value})
+
+
 def test_to_moves_every_tensor():
     for table in (sd_table(20, credit="proportionate"), table_of(credit=CREDIT).guarded()):
         moved = table.to("meta")

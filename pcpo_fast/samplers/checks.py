@@ -54,7 +54,7 @@ def checked_numbers(name: str, given: Any, shape: str) -> Tensor:
     try:
         # a device may not have float64
         given = given.detach().cpu() if isinstance(given, Tensor) else given
-        return torch.as_tensor(given, dtype=torch.float64)
+        return torch.as_tensor(given, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is a {type(given).__name__}, not numbers; give {shape}") from error
 

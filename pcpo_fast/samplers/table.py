@@ -73,7 +73,8 @@ class StepTable:
 
     Raises:
         ValueError: for shapes that differ, a negative or non-finite entry, an unknown credit, a level without a scheme
-            that uses it, and for a table that does not fit into float32.
+            that uses it, a weight whose sign is not that of the native one, and for a table that does not fit into
+            float32.
     """
 
     timesteps: Tensor
@@ -94,7 +95,9 @@ class StepTable:
     from_scheduler = staticmethod(from_scheduler)
 
     def __post_init__(self) -> None:
-        timesteps = torch.as_tensor(self.timesteps).detach()
+        # a tensor stays where it is, whatever the default device
+        place = {"device": self.timesteps.device} if isinstance(self.timesteps, Tensor) else {}
+        timesteps = _own("timesteps", self.timesteps, **place)
         if timesteps.ndim != 1 or timesteps.numel() == 0:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one number per step, (T,) with T >= 1"
@@ -104,7 +107,7 @@ class StepTable:
         defaults = {"interval": ones / len(timesteps), "epsilon_scale": ones}
         for name in ("sample_coef", "output_coef", "std", "interval", "epsilon_scale"):
             given = getattr(self, name)
-            self._set(name, defaults[name] if given is None else self._column(name, given))
+            self._set(name, defaults[name] if given is None and name in defaults else self._column(name, given))
         if bool((self.std < 0).any()):
             raise ValueError(f"std has the negative entry {float(self.std.min()):.6g}; give s >= 0, 0 for no noise")
         if bool((self.interval <= 0).any()):
@@ -118,6 +121,14 @@ class StepTable:
                     "choose credit='constant'"
                 )
             self._set("credit", self._column("credit", self.credit))
+        turned = (self.weight * self.native_weight < 0).nonzero().flatten().tolist()
+        if turned:
+            weight, native = (float(column[turned[0]]) for column in (self.weight, self.native_weight))
+            raise ValueError(
+                f"credit gives step {turned[0]} the weight {weight:.6g} and the sampler {native:.6g}, and a loss with "
+                "the other sign trains away from the reward; give weights with the sign of -b / s, or give "
+                "epsilon_scale that sign"
+            )
         columns = self._columns()
         rows = torch.stack([columns[name] for name in COLUMNS], dim=1).to(torch.float32).contiguous()
         lost = ~rows.isfinite().all(dim=1) | (self.trainable & (rows[:, COLUMNS.index("std")] == 0))
@@ -175,7 +186,10 @@ class StepTable:
         return len(self.timesteps)
 
     def __getitem__(self, steps: int | slice) -> StepTable:
-        """The table of one step, or of a slice of them, with the weights that they have here."""
+        """The table of one step, or of a slice of them, with the weights that they have here.
+
+        A `NoiseKey` draws other noise from it than from the whole, since a counter depends on step and length.
+        """
         if not isinstance(steps, slice):
             step = range(len(self))[steps]
             steps = slice(step, step + 1)
@@ -196,7 +210,13 @@ class StepTable:
         return f"<StepTable of {len(self)} steps, {int(self.trainable.sum())} with noise, credit {credit}>"
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table, bit for bit, with every tensor on `device`."""
+        """The same table, bit for bit, with every tensor on `device`.
+
+        Raises:
+            TypeError: for a dtype: a table keeps its own.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"a table keeps its own dtypes and was given {device}; give a device alone")
         moved = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -257,7 +277,8 @@ class StepTable:
     @staticmethod
     def cat(tables: Iterable[StepTable]) -> StepTable:
         """The rows of several tables one after another, for batches of images of several sizes: step k of table i is
-        step k plus the lengths of the tables before it.
+        step k plus the lengths of the tables before it. A `NoiseKey` draws other noise from it than from its parts,
+        since a counter depends on the length of the table.
 
         Raises:
             ValueError: for no table, and for tables that differ in `normalized` or `guard`.
@@ -320,7 +341,7 @@ class StepTable:
         return float(weight.sum() / self.interval[counted].sum())
 
     def _column(self, name: str, values: Any) -> Tensor:
-        column = torch.as_tensor(values, dtype=torch.float64, device=self.timesteps.device).detach()
+        column = _own(name, values, dtype=torch.float64, device=self.timesteps.device)
         if column.shape != self.timesteps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(column.shape)} and timesteps {tuple(self.timesteps.shape)}; give one number "
@@ -332,6 +353,14 @@ class StepTable:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def _own(name: str, values: Any, **options: Any) -> Tensor:
+    """A tensor that nobody else holds: the table is made once, and does not follow what it was made of."""
+    try:
+        return torch.as_tensor(values, **options).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is a {type(values).__name__}, not numbers; give one number per step, (T,)") from error
 
 
 _TENSORS = ("timesteps", "sample_coef", "output_coef", "std", "interval", "epsilon_scale")
