@@ -170,7 +170,7 @@ def _(seed, sample_index, step, num_steps, numel, impl):
 def call(name: str, **arguments: Any) -> Any:
     """Calls an operator by keyword: all arguments of its schema, and no others.
 
-    The dispatcher takes 20 names in 17 microseconds and 20 positions in none.
+    The operator itself is called by position: 20 arguments by name cost the dispatcher 17 microseconds.
     """
     operator, names = _OPERATORS[name]
     if len(arguments) != len(names):

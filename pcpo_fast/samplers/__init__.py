@@ -135,7 +135,8 @@ def _named(error: ValueError, *, scheduler_name: str) -> SettingError:
         setting = "model"
     else:
         setting = first if first in settings else "sampler"
-    return SettingError(setting, str(error).removeprefix(f"{setting}="))
+    # the name is the error's own
+    return SettingError(setting, re.sub(f"^{setting}[= ]", "", str(error)))
 
 
 def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
