@@ -6,9 +6,9 @@ making one of a number costs a small launch.
 
 Conventions: rows are dim 0 and everything behind it is flattened as a row's elements. `step` is one index into the
 table for all rows (an int or a 0-d tensor), or one per row, int64 or int32 (rows,). Its values are not checked before
-the work begins, since that would wait for a GPU. A step outside the table raises ValueError on the CPU, makes its row NaN
-in a Triton kernel, and is a device error of PyTorch's with impl="torch" on a GPU. An advantage or weight that is not
-finite raises ValueError on the CPU and makes its row NaN elsewhere.
+the work begins, since that would wait for a GPU. A step outside the table raises ValueError on the CPU, makes its row
+NaN in a Triton kernel, and is a device error of PyTorch's with impl="torch" on a GPU. An advantage or weight that is
+not finite raises ValueError on the CPU and makes its row NaN elsewhere.
 
 Arithmetic is float32 for bfloat16, float16 and float32 inputs, mixed or not, and float64 if an input is float64.
 The same inputs give the same bits, and a row alone gives the same bits as in a batch. No op waits for the GPU.
@@ -277,8 +277,8 @@ def policy_loss(
     Args:
         model_output: (rows, ...) m_new; it and the unconditional output get a gradient (once: no double backward).
         old_model_output: (rows, ...) m_old, as the rollout stored it. None where `noise` is StoredStates with a noise:
-            it is then made from them, and the log-ratio of an unchanged model is about 1e-7 instead of exactly 0: a mean
-            over the row's elements, so with reduction="sum" it is as many times larger.
+            it is then made from them, and the log-ratio of an unchanged model is about 1e-7 instead of exactly 0. That
+            is a mean over the row's elements; with reduction="sum" it is as many times larger.
         noise: z of the stored x': (rows, ...), as `sampler_step` returns it; or the key that it was drawn from, for
             latents stored in float32; or the states, from which z = (x' - a x - b m_old)/s is made.
         table, step, impl: as in `sampler_step`. Rows with weight 0 have log-ratio 0 and gradient 0.

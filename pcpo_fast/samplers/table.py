@@ -47,8 +47,8 @@ class StepTable:
     """A sampler as a table of T steps, in the order in which they are taken. All tensors have shape (T,).
 
     `StepTable(timesteps, sample_coef, output_coef, std)` makes one; `ddim`, `flow` and `from_scheduler` build those of
-    the usual samplers. `print(table)` shows a line per step. A table keeps the level that it resolved: for another credit
-    use `dataclasses.replace(table, credit=..., target_weight=None)`.
+    the usual samplers. `print(table)` shows a line per step. A table keeps the level that it resolved: for another
+    credit use `dataclasses.replace(table, credit=..., target_weight=None)`.
 
     Args:
         timesteps: what the model is given at each step: int64 for diffusion, float32 for flow.
