@@ -87,9 +87,9 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
         # finished epochs, the sample index from which the next one draws noise, the epoch of the last evaluation
         state = {"epoch": 0, "next_sample": 0, "evaluated": -1, "records": 0, "advantages": {}}
-        latest = self.checkpoints.latest() if config.run.resume else None
+        latest = self.checkpoints.find(resume=config.run.resume)
         if latest is not None:
-            state = self.checkpoints.load(latest, policy, self.optimizer)
+            state = self.checkpoints.load(latest, policy, self.optimizer, expected=state)
         self.epoch, self.next_sample, self.evaluated = (state[key] for key in ("epoch", "next_sample", "evaluated"))
         self.advantages.load_state_dict(state["advantages"])
         folder.mkdir(parents=True, exist_ok=True)
