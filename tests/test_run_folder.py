@@ -29,15 +29,15 @@ def lock_elsewhere(folder):
 
 def test_a_run_that_failed_holds_no_lock(tmp_path):
     """Also where its traceback lives on, as in a notebook."""
-    kept = []
-    for error in (RuntimeError, KeyboardInterrupt):
-        try:
-            with run_folder(str(tmp_path), "name", resume=True):
-                assert f"in use by process {os.getpid()};" in lock_elsewhere(tmp_path)
-                raise error
-        except error as caught:
-            kept.append(caught)
-        assert lock_elsewhere(tmp_path) == "locked\n"
+    (tmp_path / "config.json").touch()
+    with pytest.raises(RuntimeError), run_folder(str(tmp_path), "name", resume=True):
+        assert f"in use by process {os.getpid()};" in lock_elsewhere(tmp_path)
+        raise RuntimeError
+    assert lock_elsewhere(tmp_path) == "locked\n"
+    with pytest.raises(SettingError, match="already holds a run") as kept, run_folder(str(tmp_path), "x", resume=False):
+        pass
+    assert lock_elsewhere(tmp_path) == "locked\n"
+    assert kept.value.name == "output_dir"
 
 
 def test_a_run_that_was_killed_while_it_wrote_its_first_file_begins(tmp_path):
