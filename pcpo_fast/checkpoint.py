@@ -53,11 +53,6 @@ class Checkpoints:
         """The newest checkpoint, or None."""
         return self._all()[-1] if self._all() else None
 
-    @staticmethod
-    def epoch_of(path: Path) -> int:
-        """The number of epochs after which the checkpoint `path` was written."""
-        return int(path.name.removeprefix("epoch-"))
-
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-" + "[0-9]" * 6))
 

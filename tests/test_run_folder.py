@@ -1,4 +1,4 @@
-"""Run folders: their lock, and which settings a command line finds in them."""
+"""Run folders: their lock, the settings a command line finds in them, and other first steps of a run."""
 
 import os
 import subprocess
@@ -100,3 +100,12 @@ def test_an_error_is_one_line(tmp_path, capsys):
 def test_lists_are_as_good_as_tuples():
     config = Config().replace(rewards=["jpeg_compressibility"], window_range=[0, 3], window_size=2).resolved()
     assert (config.data.rewards, config.sampler.window_range) == (("jpeg_compressibility",), (0, 3))
+
+
+def test_training_without_its_packages_says_what_to_install():
+    code = (
+        "import sys; sys.modules['annotated_types'] = None; from pcpo_fast.__main__ import main; exit(main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: training needs annotated_types; pip install 'pcpo-fast[train]'\n"
