@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import Reward, RewardError, RewardSet
+from pcpo_fast.rewards import RewardError, Rewards, RewardSet
 from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.trainer import Trainer
 from pcpo_fast.windows import WindowSchedule
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     return preset, config.resolved()
 
 
-def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelSource:
+def check(config: Config, rewards: Rewards | None = None) -> ModelSource:
     """Finds the model, and checks everything that can be checked before its weights are loaded.
 
     Raises:
@@ -95,14 +95,12 @@ def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelS
     return source
 
 
-def make_trainer(
-    config: Config, rewards: Mapping[str, Reward] | None = None, *, source: ModelSource | None = None
-) -> Trainer:
+def make_trainer(config: Config, rewards: Rewards | None = None, *, source: ModelSource | None = None) -> Trainer:
     """A trainer as the command line makes it, for programs and notebooks: seeds, the model, and the run folder.
 
     Args:
         config: the settings, with an output_dir.
-        rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
+        rewards: functions (images, prompts) -> scores by name, with weights or without, in the place of the settings'.
         source: the model, if it was found before.
 
     Raises:

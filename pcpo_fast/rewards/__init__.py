@@ -23,6 +23,8 @@ from torch import Tensor
 from pcpo_fast.errors import SettingError
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+# functions by name, with a weight where it is not 1
+Rewards = Mapping[str, Reward | tuple[Reward, float]]
 
 REWARDS = {
     "digit_alignment": "pcpo_fast.digits.rewards:alignment",
@@ -49,9 +51,7 @@ class RewardSet:
             (images, prompts), a weight that is not a finite number, or a reward that is named twice.
     """
 
-    def __init__(
-        self, rewards: Sequence[str] | Mapping[str, Reward | tuple[Reward, float]], *, setting: str = "rewards"
-    ) -> None:
+    def __init__(self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards") -> None:
         self.rewards: dict[str, tuple[Reward, float]] = {}
         if isinstance(rewards, str):
             raise SettingError(setting, f"{rewards!r} is a single string; give a list of rewards")
