@@ -18,11 +18,16 @@ Options:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; 2 for an unknown command."""
+    """Runs a command. Returns its exit status; 2 for an unknown command, and where packages are missing."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "train":
-        from pcpo_fast.train import main as train
-
+        try:
+            from pcpo_fast.train import main as train
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("pcpo_fast"):
+                raise
+            print(f"error: training needs {error.name}; pip install 'pcpo-fast[train]'", file=sys.stderr)
+            return 2
         return train(rest)
     if command in ("-h", "--help"):
         print(USAGE)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pcpo_fast.advantages import Advantages
 from pcpo_fast.metrics import Record
 from pcpo_fast.policies import Conditioning
 from pcpo_fast.rollout import Trajectory
@@ -22,12 +23,14 @@ class Batch:
         advantages: float32 (N,).
         generator: draws the order of the rows.
         record: the metrics of sampling and scoring.
+        tracker: the rewards that later epochs are compared with; the trainer's once it has trained on the batch.
     """
 
     trajectory: Trajectory
     advantages: Tensor
     generator: torch.Generator
     record: Record = dataclasses.field(default_factory=dict)
+    tracker: Advantages | None = None
 
     def micro_batches(self, size: int, timestep_fraction: float = 1.0) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of one pass, shuffled across images and steps, as (sample, step) per micro-batch, int64 (size,).

@@ -12,13 +12,14 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pcpo_fast.errors import SettingError
 from pcpo_fast.files import flush, write_atomically
 from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.policies import Policy
@@ -35,14 +36,22 @@ class Checkpoints:
         for partial in [*folder.glob("*.partial"), *folder.glob("*/*.partial")]:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
+    def find(self, *, resume: bool) -> Path | None:
+        """The checkpoint that a run starts from, or None.
+
+        Raises:
+            SettingError: for a new run in a folder that has checkpoints; it would go on with their weights.
+        """
+        latest = self.latest()
+        if latest is not None and not resume:
+            raise SettingError(
+                "output_dir", f"{latest} is there already; add resume to continue that run, or give another folder"
+            )
+        return latest
+
     def latest(self) -> Path | None:
         """The newest checkpoint, or None."""
         return self._all()[-1] if self._all() else None
-
-    @staticmethod
-    def epoch_of(path: Path) -> int:
-        """The number of epochs after which the checkpoint `path` was written."""
-        return int(path.name.removeprefix("epoch-"))
 
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-" + "[0-9]" * 6))
@@ -108,24 +117,45 @@ class Checkpoints:
             shutil.rmtree(doomed)
         return target
 
-    def load(self, path: Path, policy: Policy, optimizer: Optimizer) -> dict[str, Any]:
-        """Restores weights, their average, optimizer and random states from `path`; returns the JSON part, which has
-        "epoch" too."""
+    def load(self, path: Path, policy: Policy, optimizer: Optimizer, expected: Iterable[str] = ()) -> dict[str, Any]:
+        """Restores weights, their average, optimizer and random states from `path`.
+
+        Args:
+            expected: keys that the JSON part must have.
+
+        Returns:
+            The JSON part, which has "epoch" too.
+
+        Raises:
+            SettingError: for a file that is missing or damaged, a missing key, or weights that do not fit the policy.
+        """
         from safetensors.torch import load_file
 
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        with _reading(path):
+            state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        missing = [key for key in expected if key not in state]
+        if missing:
+            raise SettingError(
+                "resume",
+                f"the checkpoint {path} was written by another version of pcpo-fast, without {', '.join(missing)}; "
+                "resume with that version, or start another run",
+            )
         ema = optimizer.ema
         if ema is not None:
             # a run without an average starts one at its weights
             steps = state.get("ema_steps")
-            policy.load(path / ("weights" if steps is None else "ema"))
+            with _reading(path):
+                policy.load(path / ("weights" if steps is None else "ema"))
             ema.optimization_step = steps or 0
             for shadow, parameter in zip(ema.shadow_params, policy.trainable_parameters(), strict=True):
                 shadow.copy_(parameter.detach())
-        policy.load(path / "weights")
+        with _reading(path):
+            policy.load(path / "weights")
+            tensors = load_file(path / "optimizer.safetensors")
+            random_tensors = load_file(path / "random.safetensors")
         parameters = policy.trainable_parameters()
         per_parameter: dict[int, dict[str, torch.Tensor]] = {}
-        for key, tensor in load_file(path / "optimizer.safetensors").items():
+        for key, tensor in tensors.items():
             index, name = key.split(".", 1)
             like = parameters[int(index)]
             if tensor.shape == like.shape:
@@ -143,12 +173,25 @@ class Checkpoints:
             optimizer.scaler.load_state_dict(state["scaler"])
         set_random_state(
             {
-                "torch": load_file(path / "random.safetensors"),
+                "torch": random_tensors,
                 "python": state["python_random"],
                 "numpy": state["numpy_random"],
             }
         )
         return state
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes errors of damaged files name the checkpoint."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SettingError(
+            "resume", f"the checkpoint {path} is damaged; remove it to continue from the one before ({error})"
+        ) from error
 
 
 @contextlib.contextmanager

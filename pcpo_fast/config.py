@@ -260,13 +260,13 @@ class Config:
         return {field.name: getattr(group, field.name) for group in groups for field in dataclasses.fields(group)}
 
     def replace(self, **settings: Any) -> Config:
-        """A copy with other values of settings, given by their names.
+        """A copy with other values of settings, given by their names; a list is as good as a tuple.
 
         Raises:
             SettingError: for a name that does not exist.
         """
         groups = {}
-        for name, given in _grouped(settings).items():
+        for name, given in _grouped(_with_tuples(settings)).items():
             groups[name] = dataclasses.replace(getattr(self, name), **given)
         return dataclasses.replace(self, **groups)
 
@@ -313,7 +313,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingError("config", f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise SettingError("config", f'{path} must hold settings by name, such as {{"epochs": 3}}')
-    values = {str(name): tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = _with_tuples({str(name): value for name, value in values.items()})
     try:
         for name, given in _grouped(values).items():
             _validate(type(getattr(Config(), name)), given)
@@ -335,6 +335,11 @@ def _read_yaml(text: str) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+def _with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with a tuple in the place of each list."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _grouped(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

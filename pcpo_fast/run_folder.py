@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from pcpo_fast.config import read_config
 from pcpo_fast.errors import SettingError
@@ -47,14 +47,16 @@ def run_folder(output_dir: str | None, name: str, *, resume: bool) -> Iterator[P
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`; none if that run was killed before it had written any file.
+    """The settings of the run in `folder`; none if that run was killed before it had finished any file.
 
     Raises:
         SettingError: if the folder holds no run.
     """
     if (folder / "config.json").is_file():
         return read_config(folder / "config.json")
-    there = sorted(path.name for path in folder.iterdir() if path.name != LOCK) if folder.is_dir() else None
+    there = None
+    if folder.is_dir():
+        there = sorted(path.name for path in folder.iterdir() if path.name != LOCK and path.suffix != ".partial")
     if there == []:
         return {}
     found = "the folder does not exist" if there is None else f"it has no config.json, but {', '.join(there)}"
@@ -64,10 +66,10 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     )
 
 
-def _lock(folder: Path) -> FileLock:
-    lock = FileLock(folder / LOCK)
+def _lock(folder: Path) -> AcquireReturnProxy:
+    """Locks the folder until the result is left as a context."""
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout as error:
         owner = (folder / LOCK).read_text(encoding="utf-8").strip()
         raise SettingError(

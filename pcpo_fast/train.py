@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import Reward, RewardError, RewardSet
+from pcpo_fast.rewards import RewardError, Rewards, RewardSet
 from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.trainer import Trainer
 from pcpo_fast.windows import WindowSchedule
@@ -50,16 +50,16 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     file, rest = early.parse_known_args(rest)
-    early.add_argument("--output-dir", "--output_dir", type=Path)
-    early.add_argument("--resume", action="store_true")
+    early.add_argument("--output-dir", "--output_dir")
+    early.add_argument("--resume", action=argparse.BooleanOptionalAction)
     peeked, _ = early.parse_known_args(rest)
 
+    given = {} if file.config is None else read_config(file.config)
+    given |= {name: value for name, value in vars(peeked).items() if name != "config" and value is not None}
     default, saved = PRESETS[preset], {}
-    if peeked.resume and peeked.output_dir is not None:
-        saved = saved_settings(peeked.output_dir)
-        default = default.replace(**saved)
-    if file.config is not None:
-        default = default.replace(**read_config(file.config))
+    if given.get("resume") and given.get("output_dir") is not None:
+        saved = saved_settings(Path(given["output_dir"]).expanduser())
+    default = default.replace(**saved | given)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[Config],
         prog="pcpo train [preset]",
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     return preset, config.resolved()
 
 
-def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelSource:
+def check(config: Config, rewards: Rewards | None = None) -> ModelSource:
     """Finds the model, and checks everything that can be checked before its weights are loaded.
 
     Raises:
@@ -95,14 +95,12 @@ def check(config: Config, rewards: Mapping[str, Reward] | None = None) -> ModelS
     return source
 
 
-def make_trainer(
-    config: Config, rewards: Mapping[str, Reward] | None = None, *, source: ModelSource | None = None
-) -> Trainer:
+def make_trainer(config: Config, rewards: Rewards | None = None, *, source: ModelSource | None = None) -> Trainer:
     """A trainer as the command line makes it, for programs and notebooks: seeds, the model, and the run folder.
 
     Args:
         config: the settings, with an output_dir.
-        rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
+        rewards: functions (images, prompts) -> scores by name, with weights or without, in the place of the settings'.
         source: the model, if it was found before.
 
     Raises:
@@ -115,7 +113,7 @@ def make_trainer(
         source = check(config, rewards)
     _set_globals(config)
     policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
-    return Trainer(config, policy, Path(config.run.output_dir), rewards)
+    return Trainer(config, policy, Path(config.run.output_dir).expanduser(), rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer = make_trainer(config.replace(output_dir=str(folder)), source=source)
         except SettingError as error:
             flag = error.name if error.name == "preset" else "--" + error.name.replace("_", "-")
-            print(f"error: {flag}: {error.reason}", file=sys.stderr)
+            # some reasons quote other libraries, which write several lines
+            print(f"error: {flag}: {' '.join(error.reason.split())}", file=sys.stderr)
             return 2
         _announce(trainer)
         try:
@@ -183,6 +182,10 @@ def _report(trainer: Trainer) -> None:
     from rich.table import Table
 
     records = [record for record in trainer.metrics.records if "eval/reward" in record]
+    # only where the metrics file was lost
+    if not records:
+        print(f"no evaluation is left in {trainer.metrics.path}; weights: {trainer.folder}")
+        return
     before, after = records[0], records[-1]
     table = Table(title=f"{trainer.config.run.eval_samples} images with the same seeds, before and after")
     for heading in ("", "before", "after"):
@@ -199,7 +202,8 @@ def _report(trainer: Trainer) -> None:
     not_finite = sum(trainer.metrics.series("reward/not_finite")[1])
     if skipped or not_finite:
         print(f"excluded: {not_finite} images without a finite reward, {skipped} updates without a finite gradient")
-    print(f"{sum(rates) / len(rates):.1f} images per second, sampled, scored and trained on")
+    if rates:
+        print(f"{sum(rates) / len(rates):.1f} images per second, sampled, scored and trained on")
     print(f"pictures, curves and weights: {trainer.folder}")
 
 

@@ -22,10 +22,11 @@ the policy's arithmetic is deterministic, as on a CPU.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.pictures import save_curves, save_samples
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import draw_prompts, load_prompts
-from pcpo_fast.rewards import Reward, RewardError, RewardSet
+from pcpo_fast.rewards import RewardError, Rewards, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.samplers import StepTable, build_for_evaluation
 from pcpo_fast.signals import Signals, never
@@ -63,14 +64,12 @@ class Trainer:
         config: the settings.
         policy: the model to align.
         folder: the run folder.
-        rewards: functions (images, prompts) -> scores by name, in the place of the settings' rewards.
+        rewards: functions (images, prompts) -> scores by name, with weights or without, in the place of the settings'.
 
     Raises SettingError for a setting that cannot be run.
     """
 
-    def __init__(
-        self, config: Config, policy: Policy, folder: Path, rewards: Mapping[str, Reward] | None = None
-    ) -> None:
+    def __init__(self, config: Config, policy: Policy, folder: Path, rewards: Rewards | None = None) -> None:
         self.config = config = config.resolved()
         self.policy, self.folder = policy, folder
         self.prompts = load_prompts(config.data.prompts)
@@ -87,9 +86,9 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
         # finished epochs, the sample index from which the next one draws noise, the epoch of the last evaluation
         state = {"epoch": 0, "next_sample": 0, "evaluated": -1, "records": 0, "advantages": {}}
-        latest = self.checkpoints.latest() if config.run.resume else None
+        latest = self.checkpoints.find(resume=config.run.resume)
         if latest is not None:
-            state = self.checkpoints.load(latest, policy, self.optimizer)
+            state = self.checkpoints.load(latest, policy, self.optimizer, expected=state)
         self.epoch, self.next_sample, self.evaluated = (state[key] for key in ("epoch", "next_sample", "evaluated"))
         self.advantages.load_state_dict(state["advantages"])
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +146,9 @@ class Trainer:
             )
         record = {"epoch": epoch, **reward_summary(rewards, scores), "time/rollout": sampled - started}
         record["time/reward"] = time.perf_counter() - sampled
-        advantages = self.advantages(rewards, prompts, config.run.group_size).to(self.policy.device)
-        return Batch(trajectory, advantages, generator, record)
+        tracker = copy.deepcopy(self.advantages)
+        advantages = tracker(rewards, prompts, config.run.group_size).to(self.policy.device)
+        return Batch(trajectory, advantages, generator, record, tracker)
 
     def update(self, batch: Batch) -> Record:
         """Passes over the rows of a batch, with an optimizer step per group of micro-batches. Returns the metrics.
@@ -181,6 +181,7 @@ class Trainer:
         on_policy = min(run.gradient_accumulation_steps, len(passes[0]))
         record = batch.record | update_summary(batch.trajectory.table, seen, on_policy, norms)
         self.epoch, self.next_sample = self.epoch + 1, self.next_sample + samples
+        self.advantages = batch.tracker or self.advantages
         record["time/update"] = time.perf_counter() - started
         record["time/images_per_second"] = samples / sum(record[f"time/{p}"] for p in ("rollout", "reward", "update"))
         return record

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from pcpo_fast import checkpoint, files
 from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state
 from pcpo_fast.config import OptimizerSettings
+from pcpo_fast.errors import SettingError
 from pcpo_fast.files import write_atomically
 from pcpo_fast.metrics import Metrics
 from pcpo_fast.optimizer import Optimizer
@@ -68,7 +69,6 @@ def test_a_resumed_state_continues_bit_for_bit(tmp_path):
         train(policy, optimizer)
     path = save(checkpoints, 3, policy, optimizer)
     assert path == checkpoints.latest() == tmp_path / "epoch-000003"
-    assert checkpoints.epoch_of(path) == 3
     # odd, so that NumPy's and Python's generators hold half a pair
     for _ in range(3):
         train(policy, optimizer)
@@ -164,7 +164,7 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
         seen.append(state["epoch"])
         # and it can go on
         save(restarted, 3, policy, optimizer)
-        assert restarted.epoch_of(restarted.latest()) == 3
+        assert restarted.latest() == folder / "epoch-000003"
     # first the old one, then the new one, and there were many moments of both
     assert seen == sorted(seen)
     assert min(seen.count(1), seen.count(2)) > 5
@@ -264,3 +264,34 @@ def test_an_unfinished_state_file_is_removed(tmp_path):
     (path / "state.json.partial").write_text('{"ep')
     assert Checkpoints(tmp_path, keep=2).latest() == path
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "file", ["state.json", "optimizer.safetensors", "random.safetensors", "weights/weights.safetensors"]
+)
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xff"])
+def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = save(checkpoints, 3, *make_state())
+    (path / file).unlink()
+    if content is not None:
+        (path / file).write_bytes(content)
+    with pytest.raises(SettingError, match=f"^resume: the checkpoint {path} is damaged; remove it"):
+        checkpoints.load(path, *make_state())
+
+
+def test_a_checkpoint_of_another_version_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    path = save(checkpoints, 3, *make_state())
+    with pytest.raises(SettingError, match=f"{path} was written by another version of pcpo-fast, without evaluated;"):
+        checkpoints.load(path, *make_state(), expected=("epoch", "evaluated"))
+
+
+def test_a_new_run_does_not_start_among_checkpoints(tmp_path):
+    """It would take the weights of their epochs for its own, since an epoch that is there is not written again."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.find(resume=False) is None
+    path = save(checkpoints, 1, *make_state())
+    assert checkpoints.find(resume=True) == path
+    with pytest.raises(SettingError, match=f"^output_dir: {path} is there already; add resume"):
+        checkpoints.find(resume=False)

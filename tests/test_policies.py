@@ -1,5 +1,6 @@
 import dataclasses
 import importlib.util
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -343,6 +344,35 @@ def test_an_incomplete_folder_is_refused(model, tmp_path):
     (tmp_path / "cut" / "vae" / "config.json").write_text("{")
     with refused("model", r"cut/vae/config.json could not be read: "):
         find_model(make_settings(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", None),
+        ("scheduler/scheduler_config.json", "{"),
+        ("model_index.json", "[]"),
+    ],
+)
+def test_a_damaged_model_is_named(model, tmp_path, file, content):
+    """Whether the damage shows when it is found, when its schedule is read or when it is loaded."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_text(content)
+    with refused("model", str(folder)):
+        source = find_model(ModelSettings(model=str(folder)))
+        source.schedule()
+        source.load(decode_batch=1, keep_reference=False)
+
+
+def test_a_model_without_a_size_of_its_own_needs_a_resolution(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    with refused("resolution", "is not set, and the model's sample_size is None"):
+        find_model(ModelSettings(model=str(folder)))
+    find_model(ModelSettings(model=str(folder), resolution=32))
 
 
 @each_family

@@ -128,6 +128,39 @@ def test_a_reward_of_a_wrong_shape_is_named(reward, shape):
     assert f"{reward!r} returned shape {shape} for 3 images" in str(error.value)
 
 
+@pytest.mark.parametrize("result", [None, {"score": 1}, ([1.0, 2.0, 3.0], {}), "good", ["a", "b", "c"]])
+def test_a_reward_that_returns_no_numbers_is_named(result):
+    with pytest.raises(RewardError, match=rf"^the reward 'bad' returned a {type(result).__name__} that cannot be"):
+        RewardSet({"bad": lambda images, prompts: result})(IMAGES, PROMPTS)
+
+
+def test_a_reward_has_its_own_list_of_prompts():
+    def sorts(images, prompts):
+        prompts.sort(reverse=True)
+        return [0] * len(prompts)
+
+    prompts = list(PROMPTS)
+    RewardSet({"sorts": sorts})(IMAGES, prompts)
+    assert prompts == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def f(:", "SyntaxError"),
+        ("open('not_there.json')", "FileNotFoundError: .*not_there.json"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, message):
+    (tmp_path / "fails_here.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        SettingError, match=f"^rewards: the module 'fails_here' of the reward 'fails_here:f' .*{message}"
+    ):
+        RewardSet(["fails_here:f"])
+
+
 @pytest.mark.parametrize(
     ("specs", "message"),
     [

@@ -572,7 +572,9 @@ def test_a_reward_may_be_a_python_function(model, tmp_path):
 
 def test_collecting_changes_nothing(model, tmp_path):
     """So that an error, or a request to stop, loses nothing: the same epoch can be collected again."""
-    trainer = make_trainer(model, tmp_path, tuning="full")
+    trainer = make_trainer(
+        model, tmp_path, tuning="full", advantage="prompt", prompt_buffer_size=4, prompt_buffer_min=3
+    )
     before = [parameter.detach().clone() for parameter in trainer.policy.trainable_parameters()]
     first, steps = trainer.collect(), itertools.count()
     with pytest.raises(Interrupted):
@@ -580,10 +582,11 @@ def test_collecting_changes_nothing(model, tmp_path):
     again = trainer.collect()
     assert torch.equal(first.trajectory.states, again.trajectory.states)
     assert torch.equal(first.advantages, again.advantages)
-    assert (trainer.epoch, trainer.next_sample) == (0, 0)
+    assert (trainer.epoch, trainer.next_sample, trainer.advantages.state_dict()) == (0, 0, {})
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.trainable_parameters(), strict=True))
     trainer.update(again)
     assert (trainer.epoch, trainer.next_sample) == (1, 4)
+    assert [len(rewards) for rewards in trainer.advantages.state_dict().values()] == [2, 2]
     assert not all(torch.equal(a, b) for a, b in zip(before, trainer.policy.trainable_parameters(), strict=True))
 
 

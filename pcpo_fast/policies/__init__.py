@@ -7,11 +7,12 @@ family of models is a file beside it. `find_model` checks everything about a pip
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -199,7 +200,8 @@ class ModelSource:
         import diffusers
 
         scheduler_class = getattr(diffusers, self._index["scheduler"][1])
-        scheduler = scheduler_class.from_pretrained(self.location, subfolder="scheduler")
+        with _reading(self.location):
+            scheduler = scheduler_class.from_pretrained(self.location, subfolder="scheduler")
         return self.policy_class.schedule_of(scheduler, self.settings, self._denoiser_config, self._vae_scale_factor)
 
     def load(self, *, decode_batch: int, keep_reference: bool) -> DiffusersPolicy:
@@ -210,14 +212,15 @@ class ModelSource:
         dtype = DTYPES[settings.dtype]
         # parts that the folder was saved without
         absent = {name: None for name, part in self._index.items() if part == [None, None]}
-        pipeline = getattr(diffusers, self.kind).from_pretrained(
-            self.location,
-            torch_dtype={
-                "default": dtype,
-                policy_class.denoiser_name: dtype if settings.tuning == "lora" else torch.float32,
-            },
-            **absent | policy_class.load_arguments(settings),
-        )
+        with _reading(self.location):
+            pipeline = getattr(diffusers, self.kind).from_pretrained(
+                self.location,
+                torch_dtype={
+                    "default": dtype,
+                    policy_class.denoiser_name: dtype if settings.tuning == "lora" else torch.float32,
+                },
+                **absent | policy_class.load_arguments(settings),
+            )
         return policy_class(pipeline, settings, decode_batch=decode_batch, keep_reference=keep_reference)
 
 
@@ -297,6 +300,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def _reading(location: Path | str) -> Iterator[None]:
+    """Makes errors of files that are missing or damaged name the model."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError("model", f"{location} could not be loaded: {error}") from error
+
+
 def _read(location: Path | str, name: str) -> dict[str, Any]:
     """A JSON file of a pipeline, in a folder or on the hub."""
     if isinstance(location, Path):
@@ -309,6 +321,9 @@ def _read(location: Path | str, name: str) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise SettingError("model", f"{location}/{name} could not be read from the hub: {error}") from error
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingError("model", f"{path} could not be read: {error}") from error
+    if not isinstance(values, dict):
+        raise SettingError("model", f"{path} does not hold a JSON object")
+    return values

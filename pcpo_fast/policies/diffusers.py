@@ -271,7 +271,10 @@ class DiffusersPolicy:
     @classmethod
     def default_side(cls, config: Mapping[str, Any], scale: int) -> int:
         """Height and width of the model's own images in pixels; arguments as in `check`."""
-        return config["sample_size"] * scale
+        size = config.get("sample_size")
+        if not isinstance(size, int):
+            raise SettingError("resolution", f"is not set, and the model's sample_size is {size!r}; give one in pixels")
+        return size * scale
 
     @classmethod
     def patch_size(cls, config: Mapping[str, Any]) -> int:

@@ -23,6 +23,8 @@ from torch import Tensor
 from pcpo_fast.errors import SettingError
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
+# functions by name, with a weight where it is not 1
+Rewards = Mapping[str, Reward | tuple[Reward, float]]
 
 REWARDS = {
     "digit_alignment": "pcpo_fast.digits.rewards:alignment",
@@ -49,9 +51,7 @@ class RewardSet:
             (images, prompts), a weight that is not a finite number, or a reward that is named twice.
     """
 
-    def __init__(
-        self, rewards: Sequence[str] | Mapping[str, Reward | tuple[Reward, float]], *, setting: str = "rewards"
-    ) -> None:
+    def __init__(self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards") -> None:
         self.rewards: dict[str, tuple[Reward, float]] = {}
         if isinstance(rewards, str):
             raise SettingError(setting, f"{rewards!r} is a single string; give a list of rewards")
@@ -83,9 +83,15 @@ class RewardSet:
         finite = images.isfinite().flatten(1).all(dim=1).cpu()
         scores = {}
         for name, (reward, _) in self.rewards.items():
-            # each has a copy of its own, which it may write into
-            shown = images.nan_to_num(nan=0, posinf=0, neginf=0)
-            score = torch.as_tensor(reward(shown, prompts)).to("cpu", torch.float32)
+            # each has copies of its own, which it may write into
+            result = reward(images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts))
+            try:
+                score = torch.as_tensor(result).to("cpu", torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise RewardError(
+                    f"the reward {name!r} returned a {type(result).__name__} that cannot be made a tensor of numbers "
+                    f"({error}); it must return one number per image"
+                ) from error
             if score.shape != (len(prompts),):
                 raise RewardError(
                     f"the reward {name!r} returned shape {tuple(score.shape)} for {len(prompts)} images; it must "
@@ -115,6 +121,11 @@ def _find(name: str, setting: str) -> Reward:
             setting,
             f"the reward {name!r} needs the module {error.name!r}, which cannot be imported; install it, or run from "
             "the folder that holds it",
+        ) from error
+    except Exception as error:
+        raise SettingError(
+            setting,
+            f"the module {module_name!r} of the reward {name!r} cannot be imported: {type(error).__name__}: {error}",
         ) from error
     reward: Reward | None = getattr(module, function_name, None)
     if reward is None or not callable(reward):
