@@ -156,7 +156,7 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, 
     (tmp_path / "fails_here.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        SettingError, match=f"^rewards: the module 'fails_here' of the reward 'fails_here:f' .*{message}"
+        SettingError, match=f"^rewards: the module 'fails_here' of 'fails_here:f' cannot be imported: .*{message}"
     ):
         RewardSet(["fails_here:f"])
 
@@ -165,9 +165,9 @@ def test_a_module_that_cannot_be_imported_is_named(tmp_path, monkeypatch, code, 
     ("specs", "message"),
     [
         (["jpeg"], "no reward is named 'jpeg'; choose one of .*jpeg_compressibility.* or give your own as module:fun"),
-        ([":f"], "no reward is named ':f'"),
-        ([".own:f"], "no reward is named '.own:f'"),
-        (["own:"], "no reward is named 'own:'"),
+        ([":f"], "':f' names no function; give module:function"),
+        ([".own:f"], "'.own:f' names no function"),
+        (["own:"], "'own:' names no function"),
         (["not_there.at_all:f"], "'not_there.at_all:f' needs the module 'not_there', .*install it"),
         (["own:f"], "module own has no function 'f'"),
         (["own:PROMPTS"], "module own has no function 'PROMPTS'"),

@@ -9,11 +9,8 @@ value that is not finite.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import SettingError
+from pcpo_fast.functions import import_function
 
 Reward = Callable[[Tensor, Sequence[str]], Any]
 # functions by name, with a weight where it is not 1
@@ -105,34 +103,13 @@ class RewardSet:
 
 
 def _find(name: str, setting: str) -> Reward:
-    module_name, _, function_name = REWARDS.get(name, name).partition(":")
-    if not module_name or module_name.startswith(".") or not function_name:
+    spec = REWARDS.get(name, name)
+    if ":" not in spec:
         raise SettingError(
             setting,
             f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function",
         )
-    # a console script, unlike `python -m`, does not look there
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise SettingError(
-            setting,
-            f"the reward {name!r} needs the module {error.name!r}, which cannot be imported; install it, or run from "
-            "the folder that holds it",
-        ) from error
-    except Exception as error:
-        raise SettingError(
-            setting,
-            f"the module {module_name!r} of the reward {name!r} cannot be imported: {type(error).__name__}: {error}",
-        ) from error
-    reward: Reward | None = getattr(module, function_name, None)
-    if reward is None or not callable(reward):
-        raise SettingError(
-            setting, f"the reward {name!r} is not there: module {module_name} has no function {function_name!r}"
-        )
-    return reward
+    return import_function(spec, setting)
 
 
 def _number(text: str) -> float:

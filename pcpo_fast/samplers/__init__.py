@@ -7,14 +7,12 @@ docs/samplers.md.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 from pcpo_fast.errors import SettingError
+from pcpo_fast.functions import import_function
 
 from .checks import Credit, Scheme
 from .ddim import PredictionType
@@ -141,12 +139,12 @@ def _named(error: ValueError, *, scheduler_name: str) -> SettingError:
 
 def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
     """The table that the user's function makes, with the credit that the settings ask for."""
-    function = _imported(settings.sampler)
+    function = import_function(settings.sampler, "sampler")
     try:
         table = function(settings, schedule)
     except SettingError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SettingError("sampler", f"{settings.sampler} raised {type(error).__name__}: {error}") from error
     if not isinstance(table, StepTable):
         raise SettingError(
@@ -175,24 +173,3 @@ def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
         return dataclasses.replace(table, **credit, normalized=normalized)
     except ValueError as error:
         raise _named(error, scheduler_name="") from error
-
-
-def _imported(spec: str) -> Callable[[Any, Schedule], Any]:
-    """The function of `module:function`; modules of the current folder count, as for `python -m`."""
-    module_name, _, function_name = spec.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), function_name]):
-        raise SettingError("sampler", f"{spec!r} names no function; give module:function, such as my_samplers:ddpm")
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise SettingError(
-            "sampler",
-            f"the module {module_name!r} of {spec} cannot be imported: {type(error).__name__}: {error}; run from the "
-            "folder that holds it, or install it",
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise SettingError("sampler", f"the module {module_name!r} has no function {function_name!r}")
-    return function
