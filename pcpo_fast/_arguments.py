@@ -232,7 +232,7 @@ def noise_arguments(
         if (old_model_output is None) == (noise.noise is None):
             given = "neither" if noise.noise is None else "both"
             raise ValueError(
-                f"{given} of old_model_output and StoredStates.noise given; the states make one of the other: give "
+                f"{given} of old_model_output and StoredStates.noise given; the states make each from the other: give "
                 "exactly one of them"
             )
         if noise.noise is None:
@@ -282,6 +282,8 @@ def kl_arguments(kl: Reference | None, model_output: Tensor) -> dict[str, Any]:
 
 def resolve_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """The clip range below and above."""
+    if isinstance(clip_range, list):
+        raise TypeError(f"clip_range={clip_range} is a list; give a number, or a pair as a tuple (below, above)")
     pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if len(pair) != 2:
         raise ValueError(f"clip_range={clip_range!r} has {len(pair)} numbers; give one, or a pair: below and above")
@@ -291,9 +293,9 @@ def resolve_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, 
     return below, above
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Sequence[str], more: str = "") -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}{more}")
 
 
 def resolve_impl(impl: str, *tensors: Tensor | None) -> str:

@@ -284,7 +284,8 @@ def policy_loss(
         table, step, impl: as in `sampler_step`. Rows with weight 0 have log-ratio 0 and gradient 0.
         advantages: (rows,) A.
         objective: "pcpo" or "ppo".
-        clip_range: xi, or a pair: below and above. "pcpo" uses the second for A > 0 and the first for A < 0.
+        clip_range: xi, or a pair of distances from 1 (for "pcpo" from 0): below and above. "pcpo" uses the second for
+            A > 0 and the first for A < 0.
         reduction: "mean" or "sum" of <., .> over the row's elements.
         row_reduction: "mean" (the sum divided by the number of rows, whatever their weights), "sum", or "none".
         row_weights: (rows,) factors of the rows' losses, KL term included; 0 masks a row, whose numbers must be finite.
@@ -315,7 +316,7 @@ def policy_loss(
     check_per_row("advantages", advantages, model_output)
     if row_weights is not None:
         check_per_row("row_weights", row_weights, model_output)
-    check_choice("objective", objective, list(reference.OBJECTIVES))
+    check_choice("objective", objective, list(reference.OBJECTIVES), "; GRPO-Guard is table.guarded() with 'ppo'")
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("row_reduction", row_reduction, ROW_REDUCTIONS)
     below, above = resolve_clip_range(clip_range)

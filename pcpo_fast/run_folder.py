@@ -36,7 +36,7 @@ def run_folder(output_dir: str | None, name: str, *, resume: bool) -> Iterator[P
     with lock:
         if not resume and (folder / "config.json").exists():
             raise SettingError(
-                "output_dir", f"{folder} already holds a run; add resume to continue it, or give another folder"
+                "output_dir", f"{folder} already holds a run; add --resume to continue it, or give another folder"
             )
         try:
             yield folder
@@ -62,7 +62,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     found = "the folder does not exist" if there is None else f"it has no config.json, but {', '.join(there)}"
     raise SettingError(
         "output_dir",
-        f"{folder} holds no run to resume: {found}; give the folder of a run, or leave resume out to begin one there",
+        f"{folder} holds no run to resume: {found}; give the folder of a run, or leave --resume out to begin one there",
     )
 
 

@@ -193,7 +193,10 @@ def test_a_weight_that_turns_the_gradient_around_is_refused(credit):
     with pytest.raises(ValueError, match=r"step 0 the weight 0\.\d+ and the sampler -\d.*the sign of -b / s"):
         table_of(output_coef=b, **credit)
     for scheme in ("native", "constant", "proportionate"):
-        assert (table_of(output_coef=b, credit=scheme).weight[:-1] < 0).all()
+        table = table_of(output_coef=b, credit=scheme)
+        assert (table.weight[:-1] < 0).all()
+        # the negative level stands in every table made of this one
+        assert torch.equal(table.guarded().weight, table.weight)
     table = table_of(output_coef=b, credit="constant", target_weight=0.3, epsilon_scale=[-1.0] * T)
     assert table.weight.tolist() == [-0.3] * (T - 1) + [0.0]
 

@@ -483,7 +483,7 @@ def files(tmp_path):
         ("--device cuda:99", "--device: cuda:99 is not there: this machine shows .*; use auto or cpu"),
         ("--rewards nothing", "no reward is named 'nothing'; choose one of digit_alignment"),
         ("--rewards not_there:f", "needs the module 'not_there'"),
-        ("--rewards math:nothing", "module math has no function 'nothing'"),
+        ("--rewards math:nothing", "module 'math' has no function 'nothing'"),
         (
             "--group-size 3",
             "--micro-batch-size: 4 does not divide the 6 images .*group_size 3.*: choose a divisor of 6",
@@ -797,13 +797,13 @@ def test_tf32_is_a_setting_of_the_process(monkeypatch, tf32):
         torch.use_deterministic_algorithms(False)
 
 
-def test_dynamo_has_room_for_all_variants_of_a_compiled_block(monkeypatch):
+def test_dynamo_has_room_for_all_variants_of_a_compiled_block():
     for before, after in ((8, train.RECOMPILE_LIMIT), (1000, 1000)):
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", before)
-        train._set_globals(Config().replace(device="cpu"))
-        assert torch._dynamo.config.recompile_limit == before
-        train._set_globals(Config().replace(device="cpu", compile=True))
-        assert torch._dynamo.config.recompile_limit == after
+        with torch._dynamo.config.patch(recompile_limit=before):
+            train._set_globals(Config().replace(device="cpu"))
+            assert torch._dynamo.config.recompile_limit == before
+            train._set_globals(Config().replace(device="cpu", compile=True))
+            assert torch._dynamo.config.recompile_limit == after
 
 
 @pytest.fixture

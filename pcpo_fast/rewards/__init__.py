@@ -50,6 +50,7 @@ class RewardSet:
     """
 
     def __init__(self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards") -> None:
+        self.setting = setting
         self.rewards: dict[str, tuple[Reward, float]] = {}
         if isinstance(rewards, str):
             raise SettingError(setting, f"{rewards!r} is a single string; give a list of rewards")
@@ -61,7 +62,10 @@ class RewardSet:
                 name, equals, weight = spec.partition("=")
                 given.append((name, (_find(name, setting), _number(weight) if equals else 1.0)))
         for name, value in given:
-            reward, weight = value if isinstance(value, tuple) else (value, 1.0)
+            pair: Any = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
+            reward, weight = pair
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise SettingError(setting, f"{name!r} is given as {value!r}; give a function, or (function, weight)")
             if name in self.rewards:
                 raise SettingError(setting, f"the reward {name!r} is named twice; give it once, with its weight")
             if not math.isfinite(weight):
@@ -82,7 +86,10 @@ class RewardSet:
         scores = {}
         for name, (reward, _) in self.rewards.items():
             # each has copies of its own, which it may write into
-            result = reward(images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts))
+            try:
+                result = reward(images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts))
+            except RewardError as error:
+                raise RewardError(f"the reward {name!r} (setting {self.setting}): {error}") from error
             try:
                 score = torch.as_tensor(result).to("cpu", torch.float32)
             except (TypeError, ValueError, RuntimeError) as error:
@@ -92,8 +99,8 @@ class RewardSet:
                 ) from error
             if score.shape != (len(prompts),):
                 raise RewardError(
-                    f"the reward {name!r} returned shape {tuple(score.shape)} for {len(prompts)} images; it must "
-                    "return one number per image"
+                    f"the reward {name!r} returned shape {tuple(score.shape)} for {len(images)} images and "
+                    f"{len(prompts)} prompts; it must return one number per image"
                 )
             scores[name] = score.where(finite, math.nan)
         total = torch.zeros(len(prompts))

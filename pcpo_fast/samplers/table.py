@@ -330,9 +330,15 @@ class StepTable:
             raise ValueError(
                 f"credit={credit!r} is not known; choose one of {', '.join(get_args(Scheme))}, or a tensor"
             )
-        check_level(credit, self.target_weight)
-        if credit == "native" or self.target_weight is not None:
-            return self.target_weight
+        own, given = self._own_level(credit), self.target_weight
+        # a model that puts out x0 - epsilon, say, has b > 0, and its level is negative
+        check_level(credit, abs(given) if given is not None and own is not None and own < 0 else given)
+        return own if given is None else given
+
+    def _own_level(self, credit: str) -> float | None:
+        """The sampler's own level; None where no step would use it."""
+        if credit == "native":
+            return None
         counted = self.trainable & (self.epsilon_scale != 0)
         if not bool(counted.any()):
             return None
