@@ -20,7 +20,7 @@ from .ops import (
 )
 from .samplers import StepTable, shifted_sigmas
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Guidance",
