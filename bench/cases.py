@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -101,7 +101,8 @@ class Op:
         return self.bytes(make_inputs(1, (1,), device, seed=0))
 
 
-class Case(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Case:
     op: Op
     shape: str
     rows: int
@@ -245,7 +246,7 @@ def cases(*ops: Op, variants: tuple[Op, ...] = ()) -> list[Any]:
     """The operations at all shapes and numbers of rows, and variants at few, as parameters of a test."""
     found = [case for op in ops for shape in SHAPES for case in _rows(op, shape)]
     found += [
-        case._replace(priority=1, variant=True)
+        dataclasses.replace(case, priority=1, variant=True)
         for op in variants
         for shape in VARIANT_SHAPES
         for case in _rows(op, shape)
