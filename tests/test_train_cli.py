@@ -594,7 +594,7 @@ def test_unknown_presets_are_refused(capsys):
 def test_a_folder_that_holds_a_run_is_not_overwritten(whole, long, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
     assert main(long(whole)) == 2
-    assert f"--output-dir: {whole} already holds a run; add resume to continue it" in capsys.readouterr().err
+    assert f"--output-dir: {whole} already holds a run; add --resume to continue it" in capsys.readouterr().err
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
@@ -644,7 +644,7 @@ def test_resuming_what_is_no_run_is_refused(model, tmp_path, capsys, there, name
     error = capsys.readouterr().err
     assert f"--output-dir: {run} holds no run to resume: " in error
     assert named in error
-    assert "or leave resume out to begin one there" in error
+    assert "or leave --resume out to begin one there" in error
     assert ([path.name for path in run.iterdir()] if there else run.exists()) == ([there] if there else False)
 
 
