@@ -72,9 +72,9 @@ def sampler_step(
     prev_sample = torch.empty_like(sample, memory_format=torch.contiguous_format)
     stored_noise = torch.empty_like(prev_sample, dtype=dtype) if return_noise else prev_sample.new_empty(0, dtype=dtype)
     stored_mean = torch.empty_like(prev_sample, dtype=dtype) if return_mean else prev_sample.new_empty(0, dtype=dtype)
-    guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
-    if uncond_output is None:
-        guided = model_output.new_empty(0)
+    guided = model_output.new_empty(0)
+    if uncond_output is not None:
+        guided = torch.empty_like(model_output, memory_format=torch.contiguous_format)
     rows, numel = sample.shape[0], row_numel(sample)
     coef = coefficients(table, step, dtype)
     columns_per_row = per_row(coef["sample_coef"], coef["output_coef"], coef["std"], inverse(coef["std"]))
