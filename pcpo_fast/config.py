@@ -91,9 +91,10 @@ class SamplerSettings:
     """Noise level of a flow sampler; None means 0.7 for flow, 0.3 for dance, 0.8 for cps."""
     shift: Positive | None = None
     """Timestep shift of a flow model's schedule; None selects the schedule of the model's pipeline."""
-    credit: Credit = "constant"
+    credit: Credit | tuple[NotNegative, ...] = "constant"
     """Weight of each step in the loss. native: the sampler's own, as in DDPO and Flow-GRPO. constant: their mean.
-    proportionate: PCPO's, with a re-solved variance for diffusion. published: as in PCPO's released code."""
+    proportionate: PCPO's, with a re-solved variance for diffusion. published: as in PCPO's released code.
+    Or a weight for each step."""
     target_weight: Positive | None = None
     """Weight of every step (diffusion) or of the whole trajectory (flow); None keeps the sampler's own mean or sum."""
     normalized_log_prob: bool = True

@@ -47,9 +47,14 @@ class Optimizer:
 
             self.ema = EMAModel(self.parameters, decay=settings.ema_decay, foreach=True)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss` to those gathered since the last step."""
+    def backward(self, loss: Tensor) -> Tensor:
+        """Adds the gradient of `loss` to those gathered since the last step.
+
+        Returns:
+            What the gradient was scaled by for fp16, 0-d; 1 in other precisions.
+        """
         self.scaler.scale(loss).backward()
+        return self.scaler.scale(torch.ones_like(loss))
 
     def step(self) -> Tensor:
         """One step along the gathered gradients. Returns their norm before clipping, 0-d."""

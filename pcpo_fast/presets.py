@@ -14,10 +14,10 @@ _DIGITS = Config().replace(
     epochs=28,
     prompts_per_epoch=8,
     group_size=32,
-    micro_batch_size=32,
-    gradient_accumulation_steps=20,
+    micro_batch_size=64,
+    gradient_accumulation_steps=10,
     eval_every=7,
-    eval_samples=240,
+    eval_samples=320,
 )
 # shared by the models from a hub
 _HUB = Config().replace(

@@ -13,6 +13,9 @@ from pcpo_fast.metrics import Record
 from pcpo_fast.ops import PolicyLoss
 from pcpo_fast.samplers import StepTable
 
+# of the log-ratio's distribution over an epoch's rows
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+
 
 def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
     """Mean and std of the finite rewards, float32 (N,), how many are not finite, and the mean of each score by name."""
@@ -25,36 +28,72 @@ def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
     }
 
 
-def update_summary(
-    table: StepTable, seen: Sequence[tuple[Tensor, PolicyLoss]], on_policy: int, norms: Sequence[Tensor]
-) -> Record:
-    """Means over all rows and per step; warns if the first ratio was not exactly 1. Waits for the GPU.
+class UpdateLog:
+    """What an update saw, row by row. All of it stays on the device until `summary`, so nothing waits for a GPU.
 
     Args:
         table: the sampler of the rows.
-        seen: (step, loss) of every micro-batch, in the order in which they were taken.
-        on_policy: micro-batches before the first optimizer step, when the policy was still the one that sampled.
-        norms: the gradient norm of every optimizer step, 0-d.
     """
-    step = torch.cat([step for step, _ in seen]).cpu()
-    log_ratio, clipped = (
-        torch.cat([getattr(loss, name) for _, loss in seen]).float().cpu() for name in ("log_ratio", "clipped")
-    )
-    first_ratio = log_ratio[: sum(len(step) for step, _ in seen[:on_policy])].abs()
-    first_per_step = _per_step(first_ratio, step, len(table), "amax")
-    if first_ratio.max() != 0:
-        _warn(table, first_per_step)
-    norm = torch.stack(list(norms)).cpu()
-    return {
-        "update/loss": torch.stack([loss.loss for _, loss in seen]).mean().item(),
-        "update/clip_fraction": clipped.mean().item(),
-        "update/clip_fraction_per_step": _per_step(clipped, step, len(table), "mean"),
-        "update/abs_log_ratio": log_ratio.abs().mean().item(),
-        "update/first_abs_log_ratio": first_ratio.max().item(),
-        "update/first_abs_log_ratio_per_step": first_per_step,
-        "update/grad_norm": finite_mean(norm),
-        "update/skipped_steps": int((~norm.isfinite()).sum()),
-    }
+
+    def __init__(self, table: StepTable) -> None:
+        self.table = table
+        self.seen: list[tuple[Tensor, ...]] = []
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        # micro-batches before the first optimizer step, when the policy was still the one that sampled
+        self.on_policy = 0
+
+    def rows(self, step: Tensor, result: PolicyLoss, output: Tensor, scale: Tensor) -> None:
+        """Notes a micro-batch after its backward pass.
+
+        Args:
+            step: int64 (rows,).
+            result: their loss.
+            output: the model output that the loss was taken of, (rows, ...), with its gradient.
+            scale: what the gradient of the mean loss was multiplied by, 0-d.
+        """
+        assert output.grad is not None
+        # of each row's own loss: the mean over rows is undone
+        norm = torch.linalg.vector_norm(output.grad.flatten(1), dim=1, dtype=torch.float32) * (len(step) / scale)
+        self.seen.append((step, result.log_ratio, result.clipped, norm))
+        self.losses.append(result.loss.detach())
+        self.on_policy += not self.norms
+
+    def step(self, norm: Tensor) -> None:
+        """Notes an optimizer step, with the norm of its gradient, 0-d."""
+        self.norms.append(norm)
+
+    def summary(self) -> Record:
+        """Means over all rows and per step of the sampler; warns if the first ratio was not exactly 1.
+
+        `output_grad_norm` is the norm of the gradient of a row's loss at the model output: the credit of the step
+        times the row's advantage, 0 where the row was clipped. `taylor_error` is what log rho misses of rho - 1:
+        the sum of |rho - 1 - log rho| over that of |rho - 1|.
+        """
+        step, log_ratio, clipped, gradient = (torch.cat(parts).cpu() for parts in zip(*self.seen, strict=True))
+        log_ratio, clipped, steps = log_ratio.float(), clipped.float(), len(self.table)
+        first_ratio = log_ratio[: sum(len(step) for step, *_ in self.seen[: self.on_policy])].abs()
+        first_per_step = _per_step(first_ratio, step, steps, "amax")
+        if first_ratio.max() != 0:
+            _warn(self.table, first_per_step)
+        norm = torch.stack(self.norms).cpu()
+        mean_gradient = _mean_per_step(gradient, step, steps)
+        spread = (gradient.double() - mean_gradient[step]) ** 2
+        change = torch.expm1(log_ratio.double())
+        return {
+            "update/loss": torch.stack(self.losses).mean().item(),
+            "update/clip_fraction": clipped.mean().item(),
+            "update/clip_fraction_per_step": _per_step(clipped, step, steps, "mean"),
+            "update/abs_log_ratio": log_ratio.abs().mean().item(),
+            "update/log_ratio_quantiles": torch.nanquantile(log_ratio, torch.tensor(QUANTILES)).tolist(),
+            "update/taylor_error": ((change - log_ratio).abs().nansum() / change.abs().nansum()).item(),
+            "update/first_abs_log_ratio": first_ratio.max().item(),
+            "update/first_abs_log_ratio_per_step": first_per_step,
+            "update/output_grad_norm_per_step": _listed(mean_gradient),
+            "update/output_grad_norm_variance_per_step": _listed(_mean_per_step(spread, step, steps)),
+            "update/grad_norm": finite_mean(norm),
+            "update/skipped_steps": int((~norm.isfinite()).sum()),
+        }
 
 
 def finite_mean(values: Tensor) -> float | None:
@@ -64,9 +103,18 @@ def finite_mean(values: Tensor) -> float | None:
 
 
 def _per_step(values: Tensor, step: Tensor, steps: int, reduce: str) -> list[float | None]:
-    start = torch.full((steps,), math.nan)
-    result = start.scatter_reduce(0, step[: len(values)], values, reduce, include_self=False)
-    return [None if math.isnan(value) else value for value in result.tolist()]
+    start = torch.full((steps,), math.nan, dtype=values.dtype)
+    return _listed(start.scatter_reduce(0, step[: len(values)], values, reduce, include_self=False))
+
+
+def _mean_per_step(values: Tensor, step: Tensor, steps: int) -> Tensor:
+    """float64 (T,): the mean of a step's rows; NaN for a step without rows."""
+    start = torch.full((steps,), math.nan, dtype=torch.float64)
+    return start.scatter_reduce(0, step, values.double(), "mean", include_self=False)
+
+
+def _listed(per_step: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in per_step.tolist()]
 
 
 def _warn(table: StepTable, first_per_step: Sequence[float | None]) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -26,6 +27,8 @@ DESCRIPTION = f"""Align a text-to-image diffusion or flow pipeline with policy g
 DanceGRPO or Flow-GRPO with --objective ppo --credit native. The first argument may name a preset
 ({", ".join(PRESETS)}; digits by default), whose settings are the defaults shown here. --config FILE reads settings from
 a JSON or YAML file, such as another run's config.json; it overrides the preset, and the command line overrides both."""
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 # settings that a resumed run cannot change
 KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")
@@ -95,13 +98,20 @@ def check(config: Config, rewards: Rewards | None = None) -> ModelSource:
     return source
 
 
-def make_trainer(config: Config, rewards: Rewards | None = None, *, source: ModelSource | None = None) -> Trainer:
+def make_trainer(
+    config: Config,
+    rewards: Rewards | None = None,
+    *,
+    source: ModelSource | None = None,
+    kind: type[TrainerT] = Trainer,
+) -> TrainerT:
     """A trainer as the command line makes it, for programs and notebooks: seeds, the model, and the run folder.
 
     Args:
         config: the settings, with an output_dir.
         rewards: functions (images, prompts) -> scores by name, with weights or without, in the place of the settings'.
         source: the model, if it was found before.
+        kind: the class of the trainer.
 
     Raises:
         SettingError: for a setting that cannot be run.
@@ -113,7 +123,7 @@ def make_trainer(config: Config, rewards: Rewards | None = None, *, source: Mode
         source = check(config, rewards)
     _set_globals(config)
     policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
-    return Trainer(config, policy, Path(config.run.output_dir).expanduser(), rewards)
+    return kind(config, policy, Path(config.run.output_dir).expanduser(), rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

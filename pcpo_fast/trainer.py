@@ -50,7 +50,7 @@ from pcpo_fast.rewards import RewardError, Rewards, RewardSet
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.samplers import StepTable, build_for_evaluation
 from pcpo_fast.signals import Signals, never
-from pcpo_fast.summary import finite_mean, reward_summary, update_summary
+from pcpo_fast.summary import UpdateLog, finite_mean, reward_summary
 from pcpo_fast.windows import WindowSchedule
 
 # evaluation draws its noise from global sample indices that no training run reaches
@@ -151,10 +151,7 @@ class Trainer:
         return Batch(trajectory, advantages, generator, record, tracker)
 
     def update(self, batch: Batch) -> Record:
-        """Passes over the rows of a batch, with an optimizer step per group of micro-batches. Returns the metrics.
-
-        Measurements stay on the device until the end, so that nothing in between waits for a GPU.
-        """
+        """Passes over the rows of a batch, with an optimizer step per group of micro-batches. Returns the metrics."""
         run, started, samples = self.config.run, time.perf_counter(), len(batch.advantages)
         size, fraction = run.micro_batch_size, run.timestep_fraction
         passes = [list(batch.micro_batches(size, fraction)) for _ in range(run.inner_epochs)]
@@ -163,35 +160,33 @@ class Trainer:
             for rows in itertools.chain(*(passes if fraction < 1 else passes[:1])):
                 # with gradients enabled, as in training: without them a compiled denoiser is another one
                 batch.trajectory.model_outputs[rows] = self.policy.predict(*batch.inputs(*rows)).detach()
-        seen: list[tuple[Tensor, PolicyLoss]] = []
-        norms: list[Tensor] = []
+        log = UpdateLog(batch.trajectory.table)
         for micro_batches in passes:
             starts = range(0, len(micro_batches), run.gradient_accumulation_steps)
             for start in tqdm(starts, desc="update", leave=False, disable=None):
                 group = micro_batches[start : start + run.gradient_accumulation_steps]
                 for sample, step in group:
                     with record_function("forward"):
-                        result = self.loss(batch, sample, step)
+                        output, result = self.loss(batch, sample, step)
                     with record_function("backward"):
-                        self.optimizer.backward(result.loss / len(group))
-                    seen.append((step, result._replace(loss=result.loss.detach())))
+                        scale = self.optimizer.backward(result.loss / len(group)) / len(group)
+                    log.rows(step, result, output, scale)
                 with record_function("optimizer"):
-                    norms.append(self.optimizer.step())
-        # before the first optimizer step the policy is still the one that sampled
-        on_policy = min(run.gradient_accumulation_steps, len(passes[0]))
-        record = batch.record | update_summary(batch.trajectory.table, seen, on_policy, norms)
+                    log.step(self.optimizer.step())
+        record = batch.record | log.summary()
         self.epoch, self.next_sample = self.epoch + 1, self.next_sample + samples
         self.advantages = batch.tracker or self.advantages
         record["time/update"] = time.perf_counter() - started
         record["time/images_per_second"] = samples / sum(record[f"time/{p}"] for p in ("rollout", "reward", "update"))
         return record
 
-    def loss(self, batch: Batch, sample: Tensor, step: Tensor) -> PolicyLoss:
-        """The policy loss of rows (sample, step), both int64 (rows,), differentiable in the trained weights."""
+    def loss(self, batch: Batch, sample: Tensor, step: Tensor) -> tuple[Tensor, PolicyLoss]:
+        """The model output, which keeps its gradient, and the loss of rows (sample, step), both int64 (rows,)."""
         settings, trajectory, inputs = self.config.loss, batch.trajectory, batch.inputs(sample, step)
-        weight = settings.kl_weight
-        return policy_loss(
-            self.policy.predict(*inputs),
+        weight, output = settings.kl_weight, self.policy.predict(*inputs)
+        output.retain_grad()
+        return output, policy_loss(
+            output,
             trajectory.model_outputs[sample, step],
             StoredStates(inputs[0], trajectory.states[sample, step + 1]),
             trajectory.table,
@@ -211,9 +206,14 @@ class Trainer:
             with self.optimizer.averaged():
                 latents = self._sample(prompts, self.eval_table, EVAL_FIRST_INDEX, stop, record=False).latents
             images = self.policy.decode(latents)
-            total, scores = self.rewards(images, prompts)
-            scores |= self.eval_rewards(images, prompts)[1]
+            record = self.assess(images, prompts)
         save_samples(images[: len(self.prompts)], self.folder / f"samples_{name}.png")
+        return record
+
+    def assess(self, images: Tensor, prompts: list[str]) -> Record:
+        """The numbers of an evaluation, for float images (N, 3, H, W) in [0, 1]; a subclass can add its own."""
+        total, scores = self.rewards(images, prompts)
+        scores |= self.eval_rewards(images, prompts)[1]
         return {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
 
     def _sample(

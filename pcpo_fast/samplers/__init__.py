@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
+import torch
+
 from pcpo_fast.errors import SettingError
 from pcpo_fast.functions import import_function
 
@@ -73,7 +75,10 @@ def build(settings: Any, schedule: Schedule, *, window: tuple[int, int] | None =
             )
         return _of_the_user(settings, schedule)
     credit = {"credit": settings.credit, "target_weight": settings.target_weight}
-    return _of_the_scheduler(settings, schedule, noise_level=settings.noise_level, window=window, **credit)
+    if isinstance(settings.credit, str):
+        return _of_the_scheduler(settings, schedule, noise_level=settings.noise_level, window=window, **credit)
+    table = _of_the_scheduler(settings, schedule, noise_level=settings.noise_level, window=window, credit="native")
+    return _weighted(table, settings)
 
 
 def build_for_evaluation(settings: Any, schedule: Schedule) -> StepTable:
@@ -137,6 +142,22 @@ def _named(error: ValueError, *, scheduler_name: str) -> SettingError:
     return SettingError(setting, re.sub(f"^{setting}[= ]", "", str(error)))
 
 
+def _weighted(table: StepTable, settings: Any) -> StepTable:
+    """The table with the weights that the settings list."""
+    weights = settings.credit
+    if len(weights) != len(table):
+        raise SettingError(
+            "credit",
+            f"{len(weights)} weights were given for {len(table)} steps (num_inference_steps); give one for each step",
+        )
+    if settings.target_weight is not None:
+        raise SettingError("target_weight", "has no meaning beside a credit of one weight per step; leave it out")
+    if not any(weight for weight, trained in zip(weights, table.trainable.tolist(), strict=True) if trained):
+        raise SettingError("credit", "gives every trained step the weight 0; give at least one of them another")
+    # the loss needs the sign of the sampler's own weight, which a model that puts out the sample turns around
+    return dataclasses.replace(table, credit=torch.tensor(weights, dtype=torch.float64) * table.native_weight.sign())
+
+
 def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
     """The table that the user's function makes, with the credit that the settings ask for."""
     function = import_function(settings.sampler, "sampler")
@@ -162,6 +183,8 @@ def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
         if settings.target_weight is not None:
             raise SettingError("target_weight", f"{settings.sampler} gives the weights itself; leave it out")
         return dataclasses.replace(table, normalized=normalized)
+    if not isinstance(settings.credit, str):
+        return dataclasses.replace(_weighted(table, settings), normalized=normalized)
     if settings.credit not in get_args(Scheme):
         raise SettingError(
             "credit",
