@@ -94,8 +94,9 @@ def test_a_run_of_two_parts_is_one_run_of_the_first():
         "dance-grpo-0.0001-0": "equal",
         "dance-constant-0.0001-0": "equal",
     }
-    assert ids(plan.sweep("flow", "grpo")) == [f"flow-grpo-{r}-{s}" for s in (100, 101) for r in ("0.0001", "0.0002")]
-    assert plan.sweep("dance", "grpo") == []
+    swept = {f"flow-grpo-{rate}-{seed}": float(rate) for seed in (100, 101) for rate in ("0.0001", "0.0002")}
+    assert plan.sweep("flow", "grpo") == swept
+    assert plan.sweep("dance", "grpo") == {}
 
 
 def test_defaults_are_filled_in():

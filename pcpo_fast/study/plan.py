@@ -152,9 +152,10 @@ class Plan:
                 found[name] = Run(task, algorithm, rate, seed, part, config, name)
         return list(found.values()), waiting
 
-    def sweep(self, task: str, algorithm: str) -> list[Run]:
-        """The runs that choose the best learning rate of an algorithm; none without a sweep."""
-        return [run for run in self.runs()[0] if (run.part, run.task, run.algorithm) == (SWEEP, task, algorithm)]
+    def sweep(self, task: str, algorithm: str) -> dict[str, float]:
+        """The learning rates of the runs that choose the best one of an algorithm, by the id of the run."""
+        cells = [cell[1:] for cell in _cells(self.file) if cell[:3] == (SWEEP, task, algorithm)]
+        return {run_id(*cell): cell[2] for cell in cells}
 
     def frechet_limit(self, task: str) -> float:
         """The Frechet distance up to which an evaluation counts in the choice of a learning rate."""
