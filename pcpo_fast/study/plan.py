@@ -264,7 +264,7 @@ def _filled(content: Any) -> dict[str, Any]:
         file = TypeAdapter(StudyFile).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        # what follows a key that holds one of two kinds names the kind
+        # a place inside a key that takes two kinds also names the kind
         place = [
             str(part) for part in first["loc"] if not re.match(r"\[key\]$|(list|literal|function-\S+)\[", str(part))
         ]

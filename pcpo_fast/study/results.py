@@ -19,7 +19,7 @@ from .plan import Plan, Run, as_json, run_id
 STUDY, REPLACED, RUNS = "study.json", "study.old.json", "runs"
 # in the folder of a run: its settings, written before it starts, and its result, written when it has finished
 SETTINGS, RESULT = "study_run.json", "result.json"
-# what the entry of a run in study.json has beside its result
+# keys of an entry in study.json that are not the result
 ENTRY = {"task", "algorithm", "learning_rate", "seed", "part", "settings", "finished"}
 
 

@@ -228,7 +228,7 @@ class Study:
         try:
             size = path.stat().st_size
             if size != counted:
-                # what follows the last line break is not written yet
+                # the text after the last line break is not complete yet
                 lines = path.read_bytes().split(b"\n")[:-1]
                 epochs = _epoch(lines[-1]) if lines else 0
         except FileNotFoundError:
