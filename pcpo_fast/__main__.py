@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -11,24 +12,29 @@ USAGE = """usage: pcpo COMMAND ...
 
 Commands:
   train      align a text-to-image model with policy gradients; see pcpo train --help
+  study      compare algorithms over seeds and tasks on the embedded models; see pcpo study --help
 
 Options:
   --help     show this help
   --version  show the version"""
 
+# the module of each command, and the name that its messages give to what it does
+COMMANDS = {"train": ("pcpo_fast.train", "training"), "study": ("pcpo_fast.study.__main__", "a study")}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Returns its exit status; 2 for an unknown command, and where packages are missing."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command == "train":
+    if command in COMMANDS:
+        module, purpose = COMMANDS[command]
         try:
-            from pcpo_fast.train import main as train
+            run = importlib.import_module(module).main
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("pcpo_fast"):
                 raise
-            print(f"error: training needs {error.name}; pip install 'pcpo-fast[train]'", file=sys.stderr)
+            print(f"error: {purpose} needs {error.name}; pip install 'pcpo-fast[{command}]'", file=sys.stderr)
             return 2
-        return train(rest)
+        return run(rest)
     if command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

@@ -309,25 +309,49 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        values = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        values = read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except (OSError, ValueError) as error:
         raise SettingError("config", f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise SettingError("config", f'{path} must hold settings by name, such as {{"epochs": 3}}')
-    values = _with_tuples({str(name): value for name, value in values.items()})
     try:
-        for name, given in _grouped(values).items():
-            _validate(type(getattr(Config(), name)), given)
+        return checked_settings({str(name): value for name, value in values.items()})
     except SettingError as error:
         raise SettingError("config", f"{path}: {error}") from error
+
+
+def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Some settings by name, each checked on its own, with a tuple in the place of each list.
+
+    Raises:
+        SettingError: for a name that does not exist, or a value out of range.
+    """
+    values = _with_tuples(values)
+    for name, given in _grouped(values).items():
+        _validate(type(getattr(Config(), name)), given)
     return values
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """The content of a YAML document, with 1e-4 as a number.
+
+    Raises:
+        ValueError: for what is no YAML, and for a key that is written twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-4 as a string; here it is a number, as in YAML 1.2."""
+        """YAML 1.1 reads 1e-4 as a string. PyYAML keeps the last of two equal keys, which YAML forbids."""
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"line {line}: {key.value!r} is written twice; keep one of the two")
+                seen.add(key.value if isinstance(key.value, str) else None)
+            return node
 
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
