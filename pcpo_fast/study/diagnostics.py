@@ -69,7 +69,7 @@ def timesteps_of(cell: Cell, count: int) -> list[str]:
 
 
 def step_ends(cell: Cell) -> dict[int, dict[str, Array]]:
-    """Clip fraction and gradient norm (T,) by epoch, the first and the last that all runs recorded, means over seeds."""
+    """Clip fraction and gradient norm (T,) by epoch, the first and the last in all runs, means over seeds."""
     recorded = [{row["epoch"]: row for row in run["steps"]} for run in cell.runs.values() if run.get("steps")]
     return _ends(recorded, ("clip_fraction", "gradient_norm_mean"))
 

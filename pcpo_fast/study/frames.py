@@ -207,13 +207,15 @@ class Study:
             curves = Cell(algorithm, rate, by_seed).curves.values()
             final = float(np.mean([curve["reward"][-1] for curve in curves])) if curves else math.nan
             summary.append((rate, rewards, float(np.mean(values)), final))
+        if not summary:
+            return []
         means = [mean for _, _, mean, _ in summary]
-        best = means.index(max(means)) if means and max(means) > -math.inf else None
-        inside = "inside the sweep"
-        edge = "the only rate" if len(summary) == 1 else "at the edge"
+        best = means.index(max(means))
+        edge = "at the edge" if len(summary) > 1 else "the only rate"
+        place = edge if best in (0, len(summary) - 1) else "inside the sweep"
         return [
-            SweptRate(*row, index == best, "" if index != best else edge if index in (0, len(summary) - 1) else inside)
-            for index, row in enumerate(summary)
+            SweptRate(rate, rewards, mean, final, index == best, place if index == best else "")
+            for index, (rate, rewards, mean, final) in enumerate(summary)
         ]
 
     def cell(self, task: str, algorithm: str, learning_rate: float, swept: bool = False) -> Cell:
@@ -258,7 +260,7 @@ class Study:
         return pairs
 
     def even_credit(self, task: str) -> Cell | None:
-        """The algorithm whose diagnostics are shown beside the baseline's: constant credit, or the next that has run."""
+        """The algorithm whose diagnostics are shown beside the baseline's: constant credit, or another."""
         others = [cell for cell in self.best_cells(task) if cell.algorithm != self.baseline(task)]
         return min(others, key=lambda cell: self.powers(cell.algorithm) != (0.0, 0.0), default=None)
 

@@ -31,6 +31,15 @@ def signed(value: float) -> str:
     return f"{value:+.{2 if abs(value) >= 10 else 3 if abs(value) >= 1 else 4}f}"
 
 
+def percent(share: float) -> str:
+    """A share in percent with its sign, and a decimal below 1%."""
+    if not math.isfinite(share):
+        return "+∞" if share > 0 else NONE
+    value = 100 * share
+    shown = f"{value:+.{0 if abs(value) >= 1 else 1}f}"
+    return "0" if float(shown) == 0 else shown
+
+
 def show_rate(rate: float) -> str:
     """A learning rate: 2e-4."""
     mantissa, exponent = f"{rate:.3e}".split("e")

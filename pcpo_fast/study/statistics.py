@@ -4,9 +4,9 @@ Times are right-censored: a run that has not reached the target by its last eval
 evaluation, as one that takes at least so long. The restricted mean, the area under the Kaplan-Meier curve up to a
 horizon, takes such runs in. The horizon is the earliest time at which a run of the comparison was given up.
 
-Intervals are percentile bootstrap intervals over seeds (`scipy.stats.bootstrap`). With few seeds the percentile interval
-is too narrow. So its level is raised as Hesterberg (2015, The American Statistician 69, section 4.3) does, to the level
-at which the interval of a mean agrees with Student's t. Seeds of both algorithms are drawn together.
+Intervals are percentile bootstrap intervals over seeds (`scipy.stats.bootstrap`). With few seeds the percentile
+interval is too narrow. So its level is raised, as Hesterberg (2015, The American Statistician 69, 371-386) does, to the
+one at which the interval of a mean agrees with Student's t. Seeds of both algorithms are drawn together.
 """
 
 from __future__ import annotations
@@ -224,8 +224,10 @@ def gain_of(pair: tuple[Cell, Cell], target: float, unit: str) -> Gain:
         pair[1].learning_rate,
         target,
         unit,
-        *(times.mean(horizon) for times in both),
-        *(times.censored for times in both),
+        both[0].mean(horizon),
+        both[1].mean(horizon),
+        both[0].censored,
+        both[1].censored,
         horizon,
         gain,
     )
@@ -277,8 +279,8 @@ class MixedModel:
 def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedModel:
     """Fits a measure of quality on reward and algorithm, as in the PCPO paper, to evaluations after epoch 0.
 
-    The algorithm is coded against the baseline. Every seed has a random intercept, and so has every run within it, since
-    the evaluations of a run resemble each other. Where that does not converge, runs alone have one.
+    The algorithm is coded against the baseline. Every seed has a random intercept, and so has every run within it,
+    since the evaluations of a run resemble each other. Where that does not converge, runs alone have one.
     """
     # by number: the names of algorithms could be read as formulas
     order = [baseline, *(cell.algorithm for cell in cells if cell.algorithm != baseline)]
@@ -299,7 +301,7 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     if frame["quality"].nunique() < 2 or frame["reward"].nunique() < 2:
         return MixedModel(measure, "the measure or the reward does not vary", ())
     # the optimiser wants numbers of order 1; the coefficients scale with the measure
-    scale = float(frame["quality"].std())
+    scale = np.std(frame["quality"].to_numpy(float)).item()
     frame["quality"] = (frame["quality"] - frame["quality"].mean()) / scale
     frame["reward"] = (frame["reward"] - frame["reward"].mean()) / frame["reward"].std()
     for intercepts, groups, components in (
@@ -308,11 +310,10 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     ):
         fit = _fit(frame, groups, components)
         if fit is not None:
-            named = {order[code]: fit.loc[f"C(algorithm)[T.{code}]"] for code in present if code}
-            effects = [
-                Effect(name, *(float(row[key]) * scale for key in ("coefficient", "low", "high")), float(row["p"]))
-                for name, row in named.items()
-            ]
+            effects = []
+            for code in present[1:]:
+                value, _, low, high, p = fit.loc[f"C(algorithm)[T.{code}]"].to_numpy(float).tolist()
+                effects.append(Effect(order[code], value * scale, low * scale, high * scale, p))
             return MixedModel(measure, intercepts, tuple(effects))
     return MixedModel(measure, "did not converge", ())
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, timesteps_of
 from pcpo_fast.study.frames import QUALITY, Cell, Run, Study
-from pcpo_fast.study.markdown import NONE, fixed, grid, ranges, show_rate, signed, significant, spread, words
+from pcpo_fast.study.markdown import NONE, fixed, grid, percent, ranges, show_rate, signed, significant, spread, words
 from pcpo_fast.study.statistics import (
     Gain,
     Interval,
@@ -76,8 +76,8 @@ def learning_rates(study: Study) -> str:
 def gain(study: Study) -> str:
     """Epochs to the target rewards, and the gain over the baseline."""
     text = (
-        "Epochs until the evaluation reward first reaches a target, restricted mean over the common seeds, and the gain: "
-        f"baseline's epochs / ours - 1. {INTERVALS} Runs that never reach the target are censored at their last "
+        "Epochs until the evaluation reward first reaches a target, restricted mean over the common seeds, and the "
+        f"gain: baseline's epochs / ours - 1. {INTERVALS} Runs that never reach the target are censored at their last "
         "evaluation, so a gain with ≥ is a lower bound (the baseline has such runs), one with ≤ an upper bound (ours "
         f"has), and one with ~ holds up to the horizon only (both have). {EQUAL_RATES}"
     )
@@ -107,8 +107,8 @@ def seconds(study: Study) -> str:
     """Processor seconds and images to the target rewards."""
     text = (
         "Processor seconds (one thread, sampling, scoring and training) and images until the evaluation reward first "
-        "reaches a target, baseline → ours, each at its best learning rate: restricted means over the common seeds, and "
-        f"the gain, baseline / ours - 1. {INTERVALS}"
+        "reaches a target, baseline → ours, each at its best learning rate: restricted means over the common seeds, "
+        f"and the gain, baseline / ours - 1. {INTERVALS}"
     )
 
     def section(task: str) -> list[str]:
@@ -128,7 +128,7 @@ def seconds(study: Study) -> str:
                 title, n = study.algorithm_title(pair[1].algorithm), str(cells[0].gain.n)
                 rows.append([title, show_rates(study, pair), f"{target:g}", n, *shown])
         header = ["algorithm", "rate", "target", "seeds", "seconds", "gain", "verdict", "images", "gain", "verdict"]
-        return [grid(header, rows) if rows else absent(study, task)]
+        return [*waiting(study, task), grid(header, rows)] if rows else [absent(study, task)]
 
     return document("Seconds and images to a reward", text, study, section)
 
@@ -190,7 +190,10 @@ def mixed_models(study: Study) -> str:
                 p = "< 0.001" if effect.p < 0.001 else f"{effect.p:.3f}"
                 title = study.algorithm_title(effect.algorithm)
                 rows.append([words(key), title, coefficient, p, found.intercepts, verdict])
-        return [grid(["quality", "algorithm", "coefficient", "p", "random intercepts", "verdict"], rows)]
+        return [
+            *waiting(study, task),
+            grid(["quality", "algorithm", "coefficient", "p", "random intercepts", "verdict"], rows),
+        ]
 
     return document("Mixed model", text, study, section)
 
@@ -198,9 +201,9 @@ def mixed_models(study: Study) -> str:
 def credit_map(study: Study) -> str:
     """Credit proportional to |output_coef|^p std^q on a grid of (p, q)."""
     text = (
-        "The map: credit proportional to |output_coef|^p std^q, with the sum of the native credit kept; native credit is "
-        "(1, -1), constant credit (0, 0); mean over seeds of the reward at the end, and restricted mean of epochs to the "
-        "middle target."
+        "The map: credit proportional to |output_coef|^p std^q, with the sum of the native credit kept; native credit "
+        "is (1, -1), constant credit (0, 0); mean over seeds of the reward at the end, and restricted mean of epochs "
+        "to the middle target."
     )
 
     def section(task: str) -> list[str]:
@@ -237,8 +240,8 @@ def credit_map(study: Study) -> str:
 def gradients(study: Study) -> str:
     """Signal and variance of the gradient by step."""
     text = (
-        "Signal and variance of the parameter gradient by step, measured at the first and the last measured epoch: means "
-        "over seeds, for the baseline and for constant credit at their best learning rates."
+        "Signal and variance of the parameter gradient by step, measured at the first and the last measured epoch: "
+        "means over seeds, for the baseline and for constant credit at their best learning rates."
     )
 
     def section(task: str) -> list[str]:
@@ -350,7 +353,22 @@ def both_rates(
             blocks += [words_, grid(header, lines)]
     if not blocks:
         return [absent(study, task)]
-    return blocks if study.pairs_at_best(task) else [absent(study, task, "at best learning rates"), *blocks]
+    if not study.pairs_at_best(task):
+        return [absent(study, task, "at best learning rates"), *blocks]
+    return [*waiting(study, task), *blocks]
+
+
+def waiting(study: Study, task: str) -> list[str]:
+    """A block that names the algorithms whose runs at their best rate are not finished; none if all are there."""
+    have = {cell.algorithm for cell in study.best_cells(task)}
+    planned = {
+        name
+        for part in study.parts.values()
+        if task in part.get("tasks", ()) and part.get("learning_rates") == "best"
+        for name in part.get("algorithms", ())
+    }
+    names = [study.algorithm_title(name) for name in study.algorithms if name in planned - have]
+    return [f"No finished runs at the best learning rate yet: {', '.join(names)}."] if names else []
 
 
 def absent(study: Study, task: str, where: str = "") -> str:
@@ -381,8 +399,8 @@ def show_gain(found: Gain) -> str:
     """A gain in percent with its interval, and the mark of a bound."""
     if not math.isfinite(found.gain.estimate) or found.verdict == "never reached by either":
         return NONE
-    estimate = f"{found.bound}{' ' if found.bound else ''}{100 * found.gain.estimate:+.0f}%"
-    return estimate + (f" [{100 * found.gain.low:+.0f}, {100 * found.gain.high:+.0f}]" if found.gain.known else "")
+    estimate = f"{found.bound} {percent(found.gain.estimate)}%".strip()
+    return estimate + (f" [{percent(found.gain.low)}, {percent(found.gain.high)}]" if found.gain.known else "")
 
 
 def show_difference(interval: Interval) -> str:
