@@ -53,7 +53,7 @@ def run(part, task, algorithm, rate, seed, speed, frechet, **options):
     last, count = found[-1]["epoch"], len(TIMESTEPS)
     peak = 8.3 if algorithm in ("ddpo", "hinge") else 1.8
     norm = np.where(np.arange(count) == count - 2, peak, np.linspace(1, 1.4, count)) * (1 + 0.1 * rng.random(count))
-    clip = np.minimum(0.02 * norm**1.5, 0.9)
+    clip = np.minimum(0.02 * norm**1.5, 0.45)
     return {
         "part": part,
         "task": task,

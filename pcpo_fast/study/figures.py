@@ -1,4 +1,4 @@
-"""The figures of a study, as PNG. They are 8.3 inches wide, so that words have their size where 830 pixels are shown."""
+"""The figures of a study, as PNG: 8.3 inches wide, so that words have their size at a width of 830 pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pcpo_fast.files import write_atomically
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, step_ends, timesteps_of
@@ -50,7 +50,7 @@ def save_figures(study: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def reward_epochs(study: Study) -> Figure | None:
     """Reward against epochs, each algorithm at its best learning rate."""
-    return _rewards(study, "epoch", "epoch")
+    return _rewards(study, "epoch", "epochs")
 
 
 def reward_seconds(study: Study) -> Figure | None:
@@ -76,9 +76,12 @@ def _rewards(study: Study, unit: str, label: str) -> Figure | None:
         axes.set(xlabel=label, ylabel="evaluation reward")
         if unit == "epoch":
             for target in study.targets(task):
-                axes.axhline(scale.to_axis(np.array(target)), color="0.75", linewidth=0.8, zorder=0)
+                axes.axhline(
+                    float(scale.to_axis(np.array(target))), color="0.6", linestyle="--", linewidth=0.8, zorder=0
+                )
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _finish(axes, study.task_title(task))
-    return _titled(figure, f"Reward against {label.split(',')[0]}s".replace("ss", "s"), bool(cells), BAND)
+    return _titled(figure, f"Reward against {label}", bool(cells), f"{BAND}; dashed: targets")
 
 
 def quality_reward(study: Study) -> Figure | None:
@@ -97,7 +100,9 @@ def quality_reward(study: Study) -> Figure | None:
             scale.label(axes.xaxis)
             axes.set(xlabel="evaluation reward", ylabel=words(key).replace("frechet", "Frechet"))
             _finish(axes, study.task_title(task), legend=key == "frechet_distance")
-    return _titled(figure, "Quality at matched reward", bool(cells), BAND + ", up to the reward that all of them reach")
+    return _titled(
+        figure, "Quality at matched reward", bool(cells), BAND + ";\ncurves end at the reward that every seed reaches"
+    )
 
 
 def along_reward(curves: Sequence[Curve], measure: str, scale: RewardAxis) -> tuple[Array, Array]:
@@ -195,6 +200,9 @@ def _by_step(
             positive = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if value > 0]
             if key != "clip_fraction" and positive:
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
             else:
                 axes.set_ylim(bottom=0)
             _finish(axes, study.task_title(task), legend=side == 0)
@@ -220,7 +228,7 @@ def credit_map(study: Study, task: str) -> Figure | None:
     flow = "flow" in str(study.tasks[task].get("preset", task))
     names = {(1.0, -1.0): "native", (0.0, 0.0): "constant", **({(1.0, 0.0): "zeta h"} if flow else {})}
     best = max(points, key=lambda point: last_reward(points[point]))
-    for (p, q), cell in points.items():
+    for p, q in points:
         row, column = ps.index(p), qs.index(q)
         name = names.get((p, q), "")
         text = f"{rewards[row, column]:.3f}" + (f"\n{name}" if name else "")
@@ -330,8 +338,8 @@ def _finish(axes: Axes, title: str, legend: bool = True) -> None:
     axes.grid(True, color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
-    axes.xaxis.label.set_size(9)
-    axes.yaxis.label.set_size(9)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if legend and axes.get_legend_handles_labels()[0]:

@@ -25,7 +25,8 @@ from pcpo_fast.study.statistics import (
 
 INTERVALS = (
     "Brackets are 95% bootstrap intervals over seeds, paired by seed; they are not adjusted for the number of "
-    "comparisons. With fewer than three common seeds there is no interval."
+    "comparisons. With few seeds they are narrow: of normal samples they hold the mean in 94% of cases with ten seeds, "
+    "91% with five, 75% with three. With fewer there is no interval."
 )
 EQUAL_RATES = (
     "At equal rates the sweep's own seeds stand in (marked *sweep*) where no other seeds were run at that rate."
