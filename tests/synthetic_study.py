@@ -15,7 +15,7 @@ GRID = {f"map {p} {q}": {"title": f"map {p} {q}", "credit_powers": [p, q]} for p
 }
 # how many times as fast as the baseline
 SPEED = {"ddpo": 1.0, "hinge": 1.0, "constant": 1.5, "slow": 0.8}
-# what is added to the Frechet distance at equal reward
+# added to the Frechet distance at equal reward
 FRECHET = {"ddpo": 0.0, "hinge": 0.0, "constant": -0.01, "slow": 0.0}
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 TIMESTEPS = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]

@@ -67,7 +67,7 @@ def test_a_run_that_never_reaches_the_target_counts_with_its_last_epoch():
 
 def test_the_restricted_mean_is_the_area_under_kaplan_meier():
     time, reached = np.array([1.0, 2.0, 2.0, 3.0, 5.0]), np.array([True, False, True, True, False])
-    # by hand: 1 until 1; 4/5 until 2, where one of four at risk ends; 3/5 until 3, where one of two ends; then 3/10
+    # it is 1 until 1; 4/5 until 2, where one of four at risk ends; 3/5 until 3, where one of two ends; then 3/10
     assert restricted_mean(time, reached, 5.0) == pytest.approx(1 + 0.8 + 0.6 + 2 * 0.3)
     assert restricted_mean(time, reached, 4.0) == pytest.approx(1 + 0.8 + 0.6 + 0.3)
     # up to the first censored time it is the plain mean

@@ -283,7 +283,7 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     The algorithm is coded against the baseline. Every seed has a random intercept, and so has every run within it,
     since the evaluations of a run resemble each other. Where that does not converge, runs alone have one.
     """
-    # by number: the names of algorithms could be read as formulas
+    # numbers, as the names of algorithms could be read as formulas
     order = [baseline, *(cell.algorithm for cell in cells if cell.algorithm != baseline)]
     rows = [
         (seed, order.index(cell.algorithm), *point)
