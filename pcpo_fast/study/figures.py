@@ -77,7 +77,7 @@ def _rewards(study: Study, unit: str, label: str) -> Figure | None:
         if unit == "epoch":
             for target in study.targets(task):
                 axes.axhline(
-                    float(scale.to_axis(np.array(target))), color="0.6", linestyle="--", linewidth=0.8, zorder=0
+                    float(scale.to_axis(np.array(target))), color="0.6", linestyle="--", linewidth=0.8, zorder=1.5
                 )
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _finish(axes, study.task_title(task))
