@@ -1,0 +1,370 @@
+"""The figures of a study, as PNG: 8.3 inches wide, so that words have their size at a width of 830 pixels."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from pcpo_fast.files import write_atomically
+from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, step_ends, timesteps_of
+from pcpo_fast.study.frames import Array, Cell, Curve, Study
+from pcpo_fast.study.markdown import show_rate, words
+from pcpo_fast.study.statistics import mean_interval, position, value_at
+
+# Okabe and Ito's, which colour-blind readers can tell apart; black is the baseline's
+BASELINE = "#000000"
+OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B")
+WIDTH, DPI = 8.3, 160
+STYLES = ("-", "--", "-.", ":")
+# the axis of a reward that is at most 0 is logarithmic where its largest distance to 0 is so many times its smallest
+LOGARITHMIC_FROM = 3.0
+
+
+def all_figures(study: Mapping[str, Any]) -> dict[str, bytes]:
+    """The PNG of every figure by file name; those that no finished run belongs to are left out."""
+    whole = Study.of(study)
+    figures = {name: draw(whole) for name, draw in FIGURES.items()}
+    for task in whole.tasks:
+        figures["map_" + re.sub(r"[^A-Za-z0-9.-]", "_", task)] = credit_map(whole, task)
+    return {f"{name}.png": _png(figure) for name, figure in figures.items() if figure is not None}
+
+
+def save_figures(study: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Writes every figure into `folder`, which exists."""
+    paths = []
+    for name, content in all_figures(study).items():
+        write_atomically(folder / name, content)
+        paths.append(folder / name)
+    return paths
+
+
+def reward_epochs(study: Study) -> Figure | None:
+    """Reward against epochs, each algorithm at its best learning rate."""
+    return _rewards(study, "epoch", "epochs")
+
+
+def reward_seconds(study: Study) -> Figure | None:
+    """Reward against processor seconds, each algorithm at its best learning rate."""
+    return _rewards(study, "seconds", "processor seconds, one thread")
+
+
+def _rewards(study: Study, unit: str, label: str) -> Figure | None:
+    cells = {task: found for task in study.tasks if (found := study.best_cells(task))}
+    figure, panels = _panels(len(cells), height=3.5)
+    for (task, found), axes in zip(cells.items(), panels, strict=True):
+        scale = RewardAxis([value for cell in found for curve in cell.curves.values() for value in curve["reward"]])
+        for cell in found:
+            colour, style = _look(study, task, cell.algorithm)
+            # every run reaches the end of the shared axis
+            ends = [(curve[unit][0], curve[unit][-1]) for curve in cell.curves.values()]
+            places = np.linspace(max(low for low, _ in ends), min(high for _, high in ends), 81)
+            if unit == "epoch" and len({tuple(curve["epoch"]) for curve in cell.curves.values()}) == 1:
+                places = next(iter(cell.curves.values()))["epoch"]
+            rows = np.array([np.interp(places, curve[unit], curve["reward"]) for curve in cell.curves.values()])
+            _band(axes, places, rows, scale.to_axis, color=colour, linestyle=style, label=_named(study, cell))
+        scale.label(axes.yaxis)
+        axes.set(xlabel=label, ylabel="evaluation reward")
+        if unit == "epoch":
+            for target in study.targets(task):
+                axes.axhline(
+                    float(scale.to_axis(np.array(target))), color="0.6", linestyle="--", linewidth=0.8, zorder=1.5
+                )
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _finish(axes, study.task_title(task))
+    return _titled(figure, f"Reward against {label}", bool(cells), f"{BAND}; dashed: targets")
+
+
+def quality_reward(study: Study) -> Figure | None:
+    """Frechet distance and feature diversity against reward."""
+    cells = {task: found for task in study.tasks if (found := study.best_cells(task))}
+    figure, panels = _panels(2 * len(cells), height=3.3)
+    for index, (task, found) in enumerate(cells.items()):
+        scale = RewardAxis([value for cell in found for curve in cell.curves.values() for value in curve["reward"]])
+        for axes, key in zip(panels[2 * index : 2 * index + 2], ("frechet_distance", "feature_diversity"), strict=True):
+            for cell in found:
+                colour, style = _look(study, task, cell.algorithm)
+                levels, rows = along_reward(list(cell.curves.values()), key, scale)
+                if len(levels):
+                    look = {"color": colour, "linestyle": style, "label": _named(study, cell)}
+                    _band(axes, scale.to_axis(levels), rows, lambda values: values, **look)
+            scale.label(axes.xaxis)
+            axes.set(xlabel="evaluation reward", ylabel=words(key).replace("frechet", "Frechet"))
+            _finish(axes, study.task_title(task), legend=key == "frechet_distance")
+    return _titled(
+        figure, "Quality at matched reward", bool(cells), BAND + ";\ncurves end at the reward that every seed reaches"
+    )
+
+
+def along_reward(curves: Sequence[Curve], measure: str, scale: RewardAxis) -> tuple[Array, Array]:
+    """Rewards (L,) that every run reaches and none starts above, and the measure where each first does (N, L)."""
+    low = max(curve["reward"][0] for curve in curves)
+    high = min(curve["reward"].max() for curve in curves)
+    if not low < high:
+        return np.array([]), np.array([])
+    levels = scale.between(low, high, 25)
+    places = [[position(curve["reward"], level) or 0.0 for level in levels] for curve in curves]
+    rows = [[value_at(curve[measure], place) for place in row] for curve, row in zip(curves, places, strict=True)]
+    return levels, np.array(rows)
+
+
+def learning_rates(study: Study) -> Figure | None:
+    """Reward at a fixed quality against the learning rate."""
+    swept = {task: [name for name in study.algorithms if study.sweep(task, name)] for task in study.tasks}
+    swept = {task: names for task, names in swept.items() if names}
+    figure, panels = _panels(len(swept), height=3.5)
+    for (task, names), axes in zip(swept.items(), panels, strict=True):
+        found = {name: [rate for rate in study.sweep(task, name) if math.isfinite(rate.mean)] for name in names}
+        scale = RewardAxis(
+            [
+                reward
+                for rates in found.values()
+                for rate in rates
+                for reward in rate.rewards.values()
+                if reward is not None
+            ]
+        )
+        for name, rates in found.items():
+            if not rates:
+                continue
+            colour, style = _look(study, task, name)
+            seeds = max(len(rate.rewards) for rate in rates)
+            label = f"{study.algorithm_title(name)}, n = {seeds}"
+            x, y = [rate.learning_rate for rate in rates], scale.to_axis(np.array([rate.mean for rate in rates]))
+            axes.plot(x, y, color=colour, linestyle=style, label=label)
+            for rate in rates:
+                points = scale.to_axis(np.array([reward for reward in rate.rewards.values() if reward is not None]))
+                axes.plot([rate.learning_rate] * len(points), points, "o", color=colour, markersize=2.5, alpha=0.5)
+                if rate.best:
+                    mean = scale.to_axis(np.array(rate.mean))
+                    axes.plot(rate.learning_rate, mean, "*", color=colour, markersize=10, zorder=3)
+        limit = study.tasks[task].get("frechet_limit")
+        quality = "" if limit is None else f",\nFrechet distance ≤ {limit:g}"
+        scale.label(axes.yaxis)
+        axes.set(xscale="log", xlabel="learning rate", ylabel=f"highest reward{quality}")
+        ticks = sorted({rate.learning_rate for rates in found.values() for rate in rates})
+        if ticks:
+            axes.set_xticks(ticks, [show_rate(tick) for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
+        _finish(axes, study.task_title(task))
+    note = "lines: means over the seeds of the sweep; dots: seeds; star: the best rate"
+    return _titled(figure, "Reward at a fixed quality against the learning rate", bool(swept), note)
+
+
+def steps(study: Study) -> Figure | None:
+    """Clip rate and gradient norm by timestep, at the first and the last epoch."""
+    sides = {"clip_fraction": "clipped rows, %", "gradient_norm_mean": "gradient norm at the model's output"}
+    return _by_step(study, step_ends, sides, "Clipping and gradient by timestep", "high noise at the left")
+
+
+def gradients(study: Study) -> Figure | None:
+    """Signal and noise of the parameter gradient by timestep, at the start and the end."""
+    sides = {"signal": "signal of the gradient", "variance": "variance of the gradient"}
+    return _by_step(study, gradient_ends, sides, "Measured signal and noise by timestep", "high noise at the left")
+
+
+def _by_step(
+    study: Study,
+    ends: Callable[[Cell], dict[int, dict[str, Array]]],
+    sides: Mapping[str, str],
+    title: str,
+    note: str,
+) -> Figure | None:
+    shown = {task: cells for task in study.tasks if (cells := [cell for cell in diagnosed(study, task) if ends(cell)])}
+    figure, panels = _panels(2 * len(shown), height=3.3)
+    for index, (task, cells) in enumerate(shown.items()):
+        for side, (axes, key) in enumerate(zip(panels[2 * index : 2 * index + 2], sides, strict=True)):
+            count = 0
+            for cell in cells:
+                colour, _ = _look(study, task, cell.algorithm)
+                for (epoch, rows), style, marker in zip(ends(cell).items(), (":", "-"), ("o", "s"), strict=False):
+                    values = rows[key] * (100 if key == "clip_fraction" else 1)
+                    count = max(count, len(values))
+                    label = f"{_named(study, cell)}, epoch {epoch}"
+                    look = {"linestyle": style, "marker": marker, "markersize": 3.5, "label": label}
+                    axes.plot(np.arange(len(values)), values, color=colour, **look)
+            names = timesteps_of(cells[0], count)
+            every = max(1, math.ceil(count / 10))
+            axes.set_xticks(range(0, count, every), names[::every], rotation=45)
+            axes.set(xlabel="timestep", ylabel=sides[key])
+            positive = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if value > 0]
+            if key != "clip_fraction" and positive:
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+            else:
+                axes.set_ylim(bottom=0)
+            _finish(axes, study.task_title(task), legend=side == 0)
+    return _titled(figure, title, bool(shown), note)
+
+
+def credit_map(study: Study, task: str) -> Figure | None:
+    """Reward on the grid of (p, q), as a heat map; at the rate that most points have run."""
+    maps = map_points(study, task)
+    if not maps:
+        return None
+    rate, points = max(maps.items(), key=lambda item: len(item[1]))
+    ps, qs = (sorted({point[axis] for point in points}) for axis in (0, 1))
+    rewards = np.full((len(ps), len(qs)), math.nan)
+    for (p, q), cell in points.items():
+        rewards[ps.index(p), qs.index(q)] = last_reward(cell)
+    scale = RewardAxis(rewards[np.isfinite(rewards)].tolist())
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.75 * len(ps)), layout="constrained")
+    axes = figure.subplots()
+    shades = -np.log(np.maximum(-rewards, scale.floor)) if scale.logarithmic else rewards
+    image = axes.imshow(shades, cmap="cividis", aspect="auto", origin="lower")
+    low, high = np.nanmin(shades), np.nanmax(shades)
+    flow = "flow" in str(study.tasks[task].get("preset", task))
+    names = {(1.0, -1.0): "native", (0.0, 0.0): "constant", **({(1.0, 0.0): "zeta h"} if flow else {})}
+    best = max(points, key=lambda point: last_reward(points[point]))
+    for p, q in points:
+        row, column = ps.index(p), qs.index(q)
+        name = names.get((p, q), "")
+        text = f"{rewards[row, column]:.3f}" + (f"\n{name}" if name else "")
+        dark = high == low or (shades[row, column] - low) / (high - low) < 0.5
+        weight = "bold" if (p, q) == best else "normal"
+        axes.text(
+            column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black", weight=weight
+        )
+    axes.set_xticks(range(len(qs)), [f"{q:g}" for q in qs])
+    axes.set_yticks(range(len(ps)), [f"{p:g}" for p in ps])
+    axes.set(xlabel="q, the power of the step's noise std", ylabel="p, the power of |output_coef|")
+    bar = figure.colorbar(image, ax=axes, label="reward at the end")
+    if scale.logarithmic:
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{-math.exp(-value):.3f}"))
+    counts = sorted({len(cell.curves) for cell in points.values()})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    axes.set_title(
+        f"{study.task_title(task)}: credit ~ |output_coef|^p std^q\n"
+        f"mean reward at the end, rate {show_rate(rate)}, n = {n} seeds; bold: the highest",
+        fontsize=10,
+    )
+    return figure
+
+
+class RewardAxis:
+    """An axis on which gains can be seen: logarithmic in -reward for rewards that are at most 0, else linear.
+
+    A policy that learns approaches 0 by a factor per epoch, so on a linear axis all algorithms end in one line.
+
+    Args:
+        rewards: all that the axis shows; which of the two it is follows from them.
+    """
+
+    def __init__(self, rewards: Sequence[float]) -> None:
+        gaps = [-reward for reward in rewards]
+        positive = [gap for gap in gaps if gap > 0]
+        self.floor = min(positive, default=1.0)
+        self.logarithmic = (
+            bool(positive) and min(gaps, default=0) >= 0 and max(positive) / self.floor >= LOGARITHMIC_FROM
+        )
+
+    def to_axis(self, rewards: Array) -> Array:
+        """Coordinates on the axis; a reward of exactly 0 is shown with the highest one below it."""
+        return np.maximum(-rewards, self.floor) if self.logarithmic else rewards
+
+    def between(self, low: float, high: float, count: int) -> Array:
+        """Rewards (count,) from low to high, at equal distances on the axis."""
+        if self.logarithmic:
+            return -np.geomspace(-low, max(-high, self.floor), count)
+        return np.linspace(low, high, count)
+
+    def label(self, axis: Any) -> None:
+        """Sets up a matplotlib axis: scale, direction and ticks that say rewards."""
+        if not self.logarithmic:
+            return
+        axes = axis.axes
+        which = axis.axis_name
+        getattr(axes, f"set_{which}scale")("log")
+        if not getattr(axes, f"{which}axis_inverted")():
+            getattr(axes, f"invert_{which}axis")()
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{-value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+BAND = "bands: 95% bootstrap intervals of the mean over seeds, at each algorithm's best learning rate"
+
+
+def _band(axes: Axes, places: Array, rows: Array, to_axis: Callable[[Array], Array], **look: Any) -> None:
+    """The mean of rows (N, L) at places (L,), with its interval; no band with fewer than three rows."""
+    intervals = [mean_interval(column) for column in rows.T]
+    mean = to_axis(np.array([interval.estimate for interval in intervals]))
+    axes.plot(places, mean, linewidth=1.6, **look)
+    if all(interval.known for interval in intervals):
+        low, high = (to_axis(np.array([getattr(interval, end) for interval in intervals])) for end in ("low", "high"))
+        axes.fill_between(places, low, high, color=look["color"], alpha=0.18, linewidth=0)
+
+
+def _look(study: Study, task: str, algorithm: str) -> tuple[str, str]:
+    """Colour and line style of an algorithm: the same in every figure."""
+    if algorithm == study.baseline(task):
+        return BASELINE, "-"
+    baselines = {study.baseline(name) for name in study.tasks}
+    shown = [name for name in study.algorithms if name not in baselines and not study.is_map_point(name)]
+    # a baseline of another task has a colour behind all others
+    shown += [name for name in study.algorithms if name not in shown]
+    index = shown.index(algorithm)
+    return OTHERS[index % len(OTHERS)], STYLES[index // len(OTHERS) % len(STYLES)]
+
+
+def _named(study: Study, cell: Cell) -> str:
+    return f"{study.algorithm_title(cell.algorithm)}, {show_rate(cell.learning_rate)}, n = {len(cell.curves)}"
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, two in a row."""
+    rows = max(1, math.ceil(count / 2))
+    figure = Figure(figsize=(WIDTH if count != 1 else WIDTH * 0.75, height * rows + 0.5), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, min(2, max(1, count)), squeeze=False)).ravel().tolist()
+    for spare in axes[count:]:
+        spare.set_visible(False)
+    return figure, axes[:count]
+
+
+def _finish(axes: Axes, title: str, legend: bool = True) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.grid(True, color="0.92", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.label.set_fontsize(9)
+    axes.yaxis.label.set_fontsize(9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if legend and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def _titled(figure: Figure, title: str, drawn: bool, note: str) -> Figure | None:
+    if not drawn:
+        return None
+    figure.suptitle(f"{title}\n{note}", fontsize=9.5)
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+FIGURES: dict[str, Callable[[Study], Figure | None]] = {
+    "reward_epochs": reward_epochs,
+    "reward_seconds": reward_seconds,
+    "quality_reward": quality_reward,
+    "learning_rates": learning_rates,
+    "steps": steps,
+    "gradients": gradients,
+}
