@@ -30,7 +30,7 @@ model: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,bench,test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[train,study,bench,test,dev]"
 	touch $@
 
 clean:

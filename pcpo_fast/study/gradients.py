@@ -8,7 +8,7 @@ so that weights w~ give the policy gradient sum_k w~_k g_k, and the sampler's ow
 is its mean over images and `V_k` the trace of its covariance.
 
     signal    |mu_k|
-    noise     sqrt(V_k), of one image
+    variance  V_k, of one image
     gram      <mu_k, mu_l>
 
 The noise of one image is many times the signal, so all three are estimated over several epochs' worth of images of the
@@ -33,7 +33,7 @@ def step_gradients(trainer: Trainer) -> dict[str, list]:
     """Measures the gradients on `BATCHES` times the images of an epoch; the run goes on as if it had not.
 
     Returns:
-        timesteps, signal and noise, T numbers each, and gram, (T, T). A signal whose square comes out negative is 0:
+        timesteps, signal and variance, T numbers each, and gram, (T, T). A signal whose square comes out negative is 0:
         the noise of the estimate hides it. Steps without noise have 0.
     """
     epoch, first = trainer.epoch, trainer.next_sample
@@ -51,7 +51,7 @@ def step_gradients(trainer: Trainer) -> dict[str, list]:
     return {
         "timesteps": trainer.windows.tables[0].timesteps.tolist(),
         "signal": gram.diagonal().clamp(min=0).sqrt().tolist(),
-        "noise": (spread * samples).sqrt().tolist(),
+        "variance": (spread * samples).tolist(),
         "gram": gram.tolist(),
     }
 
