@@ -13,7 +13,7 @@ from pcpo_fast.metrics import Record
 from pcpo_fast.ops import PolicyLoss
 from pcpo_fast.samplers import StepTable
 
-# of the log-ratio's distribution over an epoch's rows
+# quantiles of the log-ratio over an epoch's rows
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
@@ -53,7 +53,7 @@ class UpdateLog:
             scale: what the gradient of the mean loss was multiplied by, 0-d.
         """
         assert output.grad is not None
-        # of each row's own loss: the mean over rows is undone
+        # the gradient of each row's own loss: the mean over rows is undone
         norm = torch.linalg.vector_norm(output.grad.flatten(1), dim=1, dtype=torch.float32) * (len(step) / scale)
         self.seen.append((step, result.log_ratio, result.clipped, norm))
         self.losses.append(result.loss.detach())

@@ -9,6 +9,7 @@ handwritten digits in the place of a photo collection:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -60,7 +61,7 @@ class Quality:
 
         Args:
             images: float (N, 3, 32, 32) in [0, 1].
-            prompts: N prompts; at least one of them twice.
+            prompts: N prompts.
             base: the base model's images, of the same seeds and prompts.
 
         Returns:
@@ -88,9 +89,11 @@ class Quality:
 
 
 def _within_prompts(vectors: Tensor, prompts: Sequence[str]) -> float:
-    """The mean distance of two vectors of one prompt."""
+    """The mean distance of two vectors of one prompt; NaN if no prompt has two."""
     rows: Mapping[str, list[int]] = {prompt: [] for prompt in prompts}
     for row, prompt in enumerate(prompts):
         rows[prompt].append(row)
     pairs = torch.tensor([pair for same in rows.values() for pair in combinations(same, 2)])
+    if not len(pairs):
+        return math.nan
     return (vectors[pairs[:, 0]] - vectors[pairs[:, 1]]).norm(dim=1).mean().item()
