@@ -80,13 +80,15 @@ def test_a_tilde_is_the_home_folder(run, monkeypatch):
     monkeypatch.setenv("HOME", str(run.parent))
     assert parse(["--resume", "--output-dir=~/run"])[1].model.model == "digits-flow"
     folders = []
-    monkeypatch.setattr(train, "Trainer", lambda config, policy, folder, rewards: folders.append(folder))
+
+    def note(config, policy, folder, rewards):
+        folders.append(folder)
 
     class Source:
         def load(self, **settings):
             return None
 
-    train.make_trainer(Config().replace(output_dir="~/run"), source=Source())
+    train.make_trainer(Config().replace(output_dir="~/run"), source=Source(), kind=note)
     assert folders == [run]
 
 
