@@ -99,6 +99,29 @@ def test_a_run_of_two_parts_is_one_run_of_the_first():
     assert plan.sweep("dance", "grpo") == {}
 
 
+def test_several_parts_sweep():
+    """Tasks may sweep algorithms and rates of their own; together they cover what asks for the best."""
+    file = changed("parts.sweep.algorithms", ["grpo"])
+    with pytest.raises(SettingError):
+        make_plan("name", file)
+    sweep = {"tasks": ["flow"], "algorithms": ["constant"], "learning_rates": [4e-4], "seeds": [100]}
+    file["parts"] = {"sweep-constant": sweep, **file["parts"]}
+    plan = make_plan("name", file)
+    assert plan.sweep("flow", "constant") == {"flow-constant-0.0004-100": 4e-4}
+    assert list(plan.sweep("flow", "grpo").values()) == [1e-4, 2e-4] * 2
+    # after the parts that ask for them they are too late
+    file["parts"] = {**{name: part for name, part in file["parts"].items() if name != "sweep"}, "sweep-grpo": sweep}
+    with pytest.raises(SettingError, match="'grpo' on 'flow'"):
+        make_plan("name", file)
+
+
+def test_a_run_measures_gradients_if_one_of_its_parts_does():
+    file = changed("parts.gradients", {"learning_rates": [1e-4, 2e-4], "seeds": [0], "gradients": True})
+    measured = {run.id for run in make_plan("name", file).runs()[0] if run.gradients}
+    pairs = [(task, algorithm) for task in ("flow", "dance") for algorithm in ("grpo", "constant")]
+    assert measured == {f"{task}-{algorithm}-{rate}-0" for task, algorithm in pairs for rate in ("0.0001", "0.0002")}
+
+
 def test_defaults_are_filled_in():
     file = make_plan("name", FILE).file
     assert file["parts"]["equal"] == {
@@ -106,6 +129,7 @@ def test_defaults_are_filled_in():
         "algorithms": ["grpo", "constant"],
         "learning_rates": [1e-4],
         "seeds": [0],
+        "gradients": False,
     }
     assert file["tasks"]["flow"] == TASK | {"title": "flow", "settings": {}}
     assert file["algorithms"]["constant"] == {"title": "constant"}
@@ -147,10 +171,15 @@ def test_defaults_are_filled_in():
         ("parts.equal.learning_rates", [], "parts.equal.learning_rates", "is empty"),
         ("parts.equal.learning_rates", [0.0], "parts.equal.learning_rates.0", "0.0 was given"),
         ("parts.equal.learning_rates", "good", "parts.equal.learning_rates", "is 'good'; give a list of numbers, or"),
-        ("parts.equal.learning_rates", "best", "parts.equal.learning_rates", "'dance' among the tasks of the part"),
-        ("parts.sweep.algorithms", ["grpo"], "parts.best.learning_rates", "'constant' among the algorithms"),
-        ("parts.sweep", None, "parts.best.learning_rates", "best needs a part called sweep before"),
-        ("parts.sweep.learning_rates", "best", "parts.sweep.learning_rates", "best needs a part called sweep before"),
+        (
+            "parts.equal.learning_rates",
+            "best",
+            "parts.equal.learning_rates",
+            "best needs 'constant' on 'dance' in a part",
+        ),
+        ("parts.sweep.algorithms", ["grpo"], "parts.best.learning_rates", "best needs 'constant' on 'flow' in a part"),
+        ("parts.sweep", None, "parts.best.learning_rates", "best needs 'constant' on 'flow' in a part before this one"),
+        ("parts.sweep.learning_rates", "best", "parts.sweep.learning_rates", "chooses the best; give it a list"),
         ("parts.equal.learning_rates", [1e-4, 1.00000001e-4], "parts.equal", "would both be called"),
         ("parts.equal.steps", 3, "parts.equal.steps", "nothing has this name here"),
         ("settings", {"model": "nowhere"}, "tasks.flow with algorithms.grpo: model", "'nowhere' is not a diffusers"),

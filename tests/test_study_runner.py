@@ -194,6 +194,22 @@ def test_a_sweep_that_failed_leaves_its_best_rate_open(tmp_path):
     assert status == 1 and len(study.waiting) == 4 and len(study.failed) == 2
 
 
+def test_runs_without_the_gradients_that_are_asked_for_are_repeated(plan, tmp_path):
+    assert start(plan, tmp_path)[1] == 0
+    part = {"algorithms": ["constant"], "learning_rates": "best", "seeds": [0], "gradients": True}
+    more = make_plan("name", CONTENT | {"parts": CONTENT["parts"] | {"gradients": part}})
+    best = next(run for run in more.runs({("flow", "constant"): 1e-4, ("flow", "grpo"): 1e-4})[0] if run.gradients)
+    study = Study(more, Results(more, tmp_path), command=FAKE)
+    # its rate is known by now, and equal to that of a run without gradients
+    [repeated] = set(study.runs) - set(study.finished)
+    assert repeated.gradients and repeated.seed == best.seed
+    assert study.run() == 0
+    measured = [run for run in saved(tmp_path)["runs"] if run.get("gradients")]
+    assert [(run["algorithm"], run["seed"]) for run in measured] == [("constant", 0)]
+    again = Study(more, Results(more, tmp_path), command=FAKE)
+    assert len(again.finished) == again.total and again.results.changed == []
+
+
 @pytest.mark.parametrize("content", [None, "{", '{"evaluations": [{"reward": NaN}]}', "[]"])
 def test_a_run_that_leaves_no_result_has_failed(tmp_path, capsys, content):
     (tmp_path / "empty").touch()

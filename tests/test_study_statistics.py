@@ -252,6 +252,21 @@ def test_the_sweeps_runs_are_not_compared(synthetic):
     assert {pair[1].learning_rate for pair in equal if pair[1].swept} == {5e-5, 4e-4}
 
 
+def test_several_parts_sweep(synthetic):
+    """A part per task, each with a name that begins with sweep."""
+    parts = dict(synthetic["file"]["parts"])
+    sweep = parts.pop("sweep")
+    split = {f"sweep-{task}": sweep | {"tasks": [task]} for task in sweep["tasks"]}
+    runs = [run | ({"part": f"sweep-{run['task']}"} if run["part"] == "sweep" else {}) for run in synthetic["runs"]]
+    several = Study.of({**synthetic, "file": {**synthetic["file"], "parts": split | parts}, "runs": runs})
+    one = Study.of(synthetic)
+    assert several.best == one.best and several.best
+    for task in one.tasks:
+        assert several.sweep(task, "constant") == one.sweep(task, "constant")
+        pairs = several.pairs_at_best(task)
+        assert pairs and all(set(cell.curves) == set(range(10)) for pair in pairs for cell in pair)
+
+
 def test_a_run_of_two_parts_belongs_to_both(synthetic):
     """study.json names only the first part of a run."""
     shared = {**synthetic["file"]["parts"]["best"], "seeds": [100, 101, 0]}

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-# the part that selects learning rates; its seeds are its own, so its runs are not compared
+# parts whose names begin with it select learning rates; their seeds are their own, so their runs are not compared
 SWEEP = "sweep"
 RUN_KEYS = ("part", "task", "algorithm", "learning_rate", "seed")
 # each measure of quality, and whether more of it is better (1), worse (-1) or neither (0)
@@ -279,17 +279,20 @@ class Study:
         return [run for run in runs if (self._in_sweep(run) if swept else self._is_compared(run))]
 
     def _in_sweep(self, run: Run) -> bool:
-        part = self.parts.get(SWEEP)
-        return run.get("part") == SWEEP or (part is not None and self._in_part(run, part))
+        return run["part"].startswith(SWEEP) or any(self._in_part(run, part) for part in self._parts(swept=True))
 
     def _is_compared(self, run: Run) -> bool:
         # a run of two parts is made once, and names the first of them; "best" is not asked here, as it asks in turn
-        others = [part for name, part in self.parts.items() if name != SWEEP and part.get("learning_rates") != "best"]
-        best = [part for name, part in self.parts.items() if name != SWEEP and part.get("learning_rates") == "best"]
-        if run.get("part") != SWEEP or any(self._in_part(run, part) for part in others):
+        best, others = [], []
+        for part in self._parts(swept=False):
+            (best if part.get("learning_rates") == "best" else others).append(part)
+        if not run["part"].startswith(SWEEP) or any(self._in_part(run, part) for part in others):
             return True
         swept = [rate.learning_rate for rate in self.sweep(run["task"], run["algorithm"]) if rate.best] if best else []
         return run["learning_rate"] in swept and any(self._in_part(run, part, swept[0]) for part in best)
+
+    def _parts(self, swept: bool) -> list[Mapping[str, Any]]:
+        return [part for name, part in self.parts.items() if name.startswith(SWEEP) == swept]
 
     def _in_part(self, run: Run, part: Mapping[str, Any], best: float | None = None) -> bool:
         rates = [best] if best is not None else part.get("learning_rates", ())

@@ -28,7 +28,7 @@ from pcpo_fast.train import check
 
 # the files that come with the package, by name
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-# the part whose runs choose the best learning rates
+# parts whose names begin with it choose the best learning rates
 SWEEP = "sweep"
 # a setting of an algorithm beside those of training: the exponents of its credit
 POWERS = "credit_powers"
@@ -81,6 +81,8 @@ class Part(Section):
     algorithms: Names | None = None
     learning_rates: Annotated[Rates | Literal["best"], BeforeValidator(_listed)]
     seeds: Seeds
+    gradients: bool = False
+    """Whether its runs also measure the gradient of every step, before the first epoch and after the last."""
 
 
 class StudyFile(Section):
@@ -99,6 +101,7 @@ class Run:
     Attributes:
         part: the first part that it belongs to.
         config: its settings, resolved.
+        gradients: whether it measures the gradients of the steps, since one of its parts asks for them.
         id: its name, and that of its folder.
     """
 
@@ -108,6 +111,7 @@ class Run:
     seed: int
     part: str
     config: Config
+    gradients: bool
     id: str
 
     def settings(self) -> dict[str, Any]:
@@ -147,14 +151,17 @@ class Plan:
                 waiting.append((task, algorithm, seed))
                 continue
             name = run_id(task, algorithm, rate, seed)
+            gradients = self.file["parts"][part]["gradients"]
             if name not in found:
                 config = self.configs[task, algorithm].replace(learning_rate=rate, seed=seed)
-                found[name] = Run(task, algorithm, rate, seed, part, config, name)
+                found[name] = Run(task, algorithm, rate, seed, part, config, gradients, name)
+            elif gradients:
+                found[name] = dataclasses.replace(found[name], gradients=True)
         return list(found.values()), waiting
 
     def sweep(self, task: str, algorithm: str) -> dict[str, float]:
         """The learning rates of the runs that choose the best one of an algorithm, by the id of the run."""
-        cells = [cell[1:] for cell in _cells(self.file) if cell[:3] == (SWEEP, task, algorithm)]
+        cells = [cell[1:] for cell in _cells(self.file) if cell[0].startswith(SWEEP) and cell[1:3] == (task, algorithm)]
         return {run_id(*cell): cell[2] for cell in cells}
 
     def frechet_limit(self, task: str) -> float:
@@ -302,29 +309,31 @@ def _check_choice(place: str, given: str, choices: Iterable[str]) -> None:
 
 
 def _check_best(file: Mapping[str, Any]) -> None:
-    """Checks that there is a sweep before the parts that ask for the best learning rates, and that it covers them."""
-    parts = list(file["parts"])
-    swept = file["parts"].get(SWEEP)
-    for index, (name, part) in enumerate(file["parts"].items()):
+    """Checks that a sweep covers what asks for the best learning rates, in a part before it."""
+    swept: set[tuple[str, str]] = set()
+    for name, part in file["parts"].items():
+        pairs = {(task, algorithm) for task in part["tasks"] for algorithm in part["algorithms"]}
         if part["learning_rates"] != "best":
+            swept |= pairs if name.startswith(SWEEP) else set()
             continue
         place = f"parts.{name}.learning_rates"
-        if SWEEP not in parts[:index]:
-            raise SettingError(place, f"best needs a part called {SWEEP} before this one; add it, or give a list")
-        for kind in ("tasks", "algorithms"):
-            for one in part[kind]:
-                if one not in swept[kind]:
-                    raise SettingError(
-                        place, f"best needs {one!r} among the {kind} of the part {SWEEP}; add it there, or give a list"
-                    )
+        if name.startswith(SWEEP):
+            raise SettingError(place, f"a part whose name begins with {SWEEP} chooses the best; give it a list")
+        for task, algorithm in sorted(pairs - swept):
+            raise SettingError(
+                place,
+                f"best needs {algorithm!r} on {task!r} in a part before this one whose name begins with {SWEEP}; add "
+                "it there, or give a list",
+            )
 
 
 def _check_ids(file: Mapping[str, Any]) -> None:
     """Checks that runs with different learning rates, tasks or algorithms have different names."""
-    sweep = file["parts"].get(SWEEP, {}).get("learning_rates", [])
+    sweeps = [part["learning_rates"] for name, part in file["parts"].items() if name.startswith(SWEEP)]
+    swept = [rate for rates in sweeps for rate in rates]
     seen: dict[str, tuple[Any, ...]] = {}
     for part, task, algorithm, rate, seed in _cells(file):
-        for number in sweep if rate == "best" else [rate]:
+        for number in swept if rate == "best" else [rate]:
             key = (task, algorithm, number, seed)
             name = run_id(*key)
             if seen.setdefault(name, key) != key:

@@ -17,7 +17,7 @@ from .plan import Plan, Run, as_json, run_id
 
 # in the folder of a study
 STUDY, REPLACED, RUNS = "study.json", "study.old.json", "runs"
-# in the folder of a run: its settings, written before it starts, and its result, written when it has finished
+# in the folder of a run: its settings and what it measures, written before it starts, and its result, at the end
 SETTINGS, RESULT = "study_run.json", "result.json"
 # keys of an entry in study.json that are not the result
 ENTRY = {"task", "algorithm", "learning_rate", "seed", "part", "settings", "finished"}
@@ -51,7 +51,7 @@ class Results:
         self.finished: dict[str, dict[str, Any]] = {}
         self.changed: list[str] = []
         self._saved: dict[str, list[Found]] = {}
-        self._looked: set[str] = set()
+        self._looked: set[tuple[str, bool]] = set()
         if more is not None:
             self._add(_read(more, "results"))
         if (folder / STUDY).is_file():
@@ -68,8 +68,8 @@ class Results:
     def take(self, runs: Iterable[Run]) -> None:
         """Finds saved results of runs with equal settings."""
         for run in runs:
-            if run.id not in self._looked:
-                self._looked.add(run.id)
+            if (run.id, run.gradients) not in self._looked:
+                self._looked.add((run.id, run.gradients))
                 self._take(run)
 
     def read(self, run: Run) -> str | None:
@@ -124,9 +124,14 @@ class Results:
         result = _json(self.run_folder(run) / RESULT)
         if isinstance(given, dict) and isinstance(result, dict):
             saved.append(Found(given.get("settings", {}), result))
+        # before the best learning rates are known, a run may not know yet that it measures gradients
+        self.finished.pop(run.id, None)
         equal = [found.result for found in saved if found.settings == settings]
-        if equal:
-            self.finished[run.id] = equal[-1]
+        whole = [result for result in equal if result.get("gradients") or not run.gradients]
+        if whole:
+            self.finished[run.id] = whole[-1]
+        elif equal:
+            return
         elif saved or (isinstance(given, dict) and given.get("settings") != settings):
             self.changed.append(run.id)
 
@@ -146,11 +151,11 @@ class Results:
 
 def prepare(folder: Path, run: Run) -> None:
     """Makes the folder of a run, and empties one that holds a run with other settings."""
-    settings = {"settings": run.settings()}
-    if folder.exists() and _json(folder / SETTINGS) not in (None, settings):
+    plan = {"settings": run.settings(), "gradients": run.gradients}
+    if folder.exists() and _json(folder / SETTINGS) not in (None, plan):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    write_atomically(folder / SETTINGS, (json.dumps(plan, indent=1) + "\n").encode())
     # the one that is there is no result, or it would have been taken
     (folder / RESULT).unlink(missing_ok=True)
 

@@ -76,7 +76,7 @@ class StudyTrainer(Trainer):
 
 def run(folder: Path) -> dict[str, Any] | None:
     """Trains in `folder` and returns the result, or None if the run was stopped before its end."""
-    plan = {"gradients": False} | json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     begun = (folder / "config.json").exists()
     config = Config().replace(**plan["settings"]).replace(output_dir=str(folder), resume=begun)
     with run_folder(str(folder), folder.name, resume=begun):
