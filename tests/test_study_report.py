@@ -66,6 +66,39 @@ def test_verdicts(tables):
     assert "n.s." in tables["quality.md"] and "not significant" in tables["mixed_model.md"]
 
 
+def test_claims_and_what_was_found(synthetic, tables):
+    rows = [line.split(" | ") for line in tables["claims.md"].splitlines() if line.startswith("| ")][2:]
+    claims = [row[0].removeprefix("| ") for row in rows]
+    # named once, on the first of its rows
+    assert [claim for claim in claims if claim] == [claim["claim"] for claim in synthetic["file"]["claims"]]
+    digits = {name: row for name, row in zip(claims, rows, strict=True) if name}
+    assert digits["fewer epochs"][1:4] == [
+        "25%",
+        "digits, 10 DDIM steps, digit alignment",
+        "constant credit (2e-4) against DDPO (2e-4), at -0.2",
+    ]
+    found = {name: row[-1].removesuffix(" |") for name, row in digits.items()}
+    assert found == {
+        "fewer epochs": "faster",
+        "at any rate": "slower",
+        "fewer seconds": "faster",
+        "better images": "better",
+        "than the paper's": "faster",
+        "no worse diversity": "not significant",
+        "rho - 1 serves": "-",
+    }
+    assert digits["rho - 1 serves"][-2] == "4.0% [4.0, 4.0]" and "images" in digits["than the paper's"][-2]
+    # seeds of the sweep have no interval, so their rates are not among the equal ones
+    assert {row[3].split("(")[1][:4] for row in rows[2:6]} == {"1e-4", "2e-4"}
+    # the gain is that of the table of gains
+    [row] = [
+        row
+        for row in tables["gain.md"].split("At equal learning rates:")[0].splitlines()
+        if row.startswith("| constant credit | 2e-4 | -0.2")
+    ]
+    assert digits["fewer epochs"][-2].removesuffix(" epochs") in row
+
+
 def test_the_map_has_native_and_constant_credit_with_its_own_seeds(tables):
     text = tables["map.md"]
     assert "| 0 | 0 | constant credit | 3 |" in text
@@ -108,6 +141,8 @@ def test_a_part_of_a_study_is_reported(synthetic, cut, capfd):
         all_figures(partial)
     assert capfd.readouterr() == ("", "")
     assert found.keys() == {f"{name}.md" for name in TABLES}
+    whole = cut in ("no map", "only the map", "one task", "different seeds")
+    assert whole or "no finished runs" in found["claims.md"]
     assert not any("nan" in text for text in found.values())
     if cut == "nothing ran":
         assert "No finished runs." in found["runs.md"] and not all_figures(partial)

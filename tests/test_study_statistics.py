@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 from synthetic_study import RATES, study
 
-from pcpo_fast.study.frames import QUALITY, Cell, Study, curve_of, evaluation_frame, reward_at_quality, run_frame
+from pcpo_fast.study.frames import Cell, Study, curve_of, evaluation_frame, reward_at_quality, run_frame
+from pcpo_fast.study.measures import QUALITY
 from pcpo_fast.study.statistics import (
     NOT_SIGNIFICANT,
     Interval,

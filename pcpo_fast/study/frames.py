@@ -12,19 +12,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from pcpo_fast.study.measures import COSTS, QUALITY
+
 # parts whose names begin with it select learning rates; their seeds are their own, so their runs are not compared
 SWEEP = "sweep"
 RUN_KEYS = ("part", "task", "algorithm", "learning_rate", "seed")
-# each measure of quality, and whether more of it is better (1), worse (-1) or neither (0)
-QUALITY: dict[str, int] = {
-    "frechet_distance": -1,
-    "inception_score": 1,
-    "accuracy": 1,
-    "feature_diversity": 1,
-    "pixel_diversity": 1,
-    "feature_shift": 0,
-}
-EVALUATION_KEYS = ("epoch", "images", "seconds", "reward", *QUALITY, "pixel_shift")
+EVALUATION_KEYS = (*COSTS.values(), "reward", *QUALITY, "pixel_shift")
 
 Array = NDArray[np.float64]
 Run = Mapping[str, Any]
@@ -130,6 +123,10 @@ class Study:
     @property
     def parts(self) -> dict[str, Mapping[str, Any]]:
         return {name: part or {} for name, part in (self.file.get("parts") or {}).items()}
+
+    @property
+    def claims(self) -> list[Mapping[str, Any]]:
+        return self.file.get("claims") or []
 
     def task_title(self, task: str) -> str:
         return self.tasks[task].get("title") or task

@@ -24,6 +24,7 @@ from pcpo_fast.config import Config, checked_settings, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import find_model
 from pcpo_fast.presets import PRESETS
+from pcpo_fast.study.measures import MEASURES
 from pcpo_fast.train import check
 
 # the files that come with the package, by name
@@ -85,6 +86,20 @@ class Part(Section):
     """Whether its runs also measure the gradient of every step, before the first epoch and after the last."""
 
 
+class Claim(Section):
+    """A sentence, and the comparison that it is held against."""
+
+    claim: str
+    stated: str | None = None
+    """The figure that comes with the claim where it was made."""
+    tasks: Names | None = None
+    algorithm: str
+    against: str | None = None
+    """The algorithm to compare with; a task's baseline where none is named."""
+    measure: str
+    rates: Literal["best", "equal"] = "best"
+
+
 class StudyFile(Section):
     """What a study file holds."""
 
@@ -92,6 +107,7 @@ class StudyFile(Section):
     tasks: Annotated[dict[str, Task], Len(1)]
     algorithms: Annotated[dict[str, dict[str, Any]], Len(1)]
     parts: Annotated[dict[str, Part], Len(1)]
+    claims: list[Claim] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +213,13 @@ def make_plan(name: str, content: Any) -> Plan:
         for kind in ("tasks", "algorithms"):
             for index, one in enumerate(given[kind]):
                 _check_choice(f"parts.{part}.{kind}.{index}", one, file[kind])
+    for index, given in enumerate(file["claims"]):
+        for one in given["tasks"]:
+            _check_choice(f"claims.{index}.tasks", one, file["tasks"])
+        _check_choice(f"claims.{index}.measure", given["measure"], MEASURES)
+        for kind in ("algorithm", "against"):
+            if given[kind] is not None:
+                _check_choice(f"claims.{index}.{kind}", given[kind], file["algorithms"])
     _check_best(file)
     _check_ids(file)
     pairs = dict.fromkeys((task, algorithm) for _, task, algorithm, *_ in _cells(file))
@@ -279,6 +302,8 @@ def _filled(content: Any) -> dict[str, Any]:
     for section in file.parts.values():
         section.tasks = section.tasks or list(file.tasks)
         section.algorithms = section.algorithms or list(file.algorithms)
+    for claim in file.claims:
+        claim.tasks = claim.tasks or list(file.tasks)
     for name, task in file.tasks.items():
         task.title = task.title or name
     filled = file.model_dump()

@@ -23,7 +23,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from pcpo_fast.study.frames import QUALITY, Array, Cell, Curve, Study, numbers
+from pcpo_fast.study.frames import Array, Cell, Curve, Study, numbers
+from pcpo_fast.study.measures import QUALITY
 
 CONFIDENCE = 0.95
 # an interval over fewer seeds would say more than they can

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from pcpo_fast.study.claims import claims
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, timesteps_of
-from pcpo_fast.study.frames import QUALITY, Cell, Run, Study
+from pcpo_fast.study.frames import Cell, Run, Study
 from pcpo_fast.study.markdown import NONE, fixed, grid, percent, ranges, show_rate, signed, significant, spread, words
+from pcpo_fast.study.measures import QUALITY
 from pcpo_fast.study.statistics import (
     Gain,
     Interval,
@@ -319,6 +321,7 @@ def runs(study: Study) -> str:
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
+    "claims": claims,
     "learning_rates": learning_rates,
     "gain": gain,
     "seconds": seconds,
