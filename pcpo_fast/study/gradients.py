@@ -33,8 +33,8 @@ def step_gradients(trainer: Trainer) -> dict[str, list]:
     """Measures the gradients on `BATCHES` times the images of an epoch; the run goes on as if it had not.
 
     Returns:
-        timesteps, signal and variance, T numbers each, and gram, (T, T). A signal whose square comes out negative is 0:
-        the noise of the estimate hides it. Steps without noise have 0.
+        timesteps, native_weight (the sampler's own weights), signal and variance, T numbers each, and gram, (T, T). A
+        signal whose square comes out negative is 0: the noise of the estimate hides it. Steps without noise have 0.
     """
     epoch, first = trainer.epoch, trainer.next_sample
     samples = trainer.config.run.samples_per_epoch
@@ -50,6 +50,7 @@ def step_gradients(trainer: Trainer) -> dict[str, list]:
     spread = (within - _products(total) / BATCHES).diagonal() / (BATCHES - 1)
     return {
         "timesteps": trainer.windows.tables[0].timesteps.tolist(),
+        "native_weight": trainer.windows.tables[0].native_weight.abs().tolist(),
         "signal": gram.diagonal().clamp(min=0).sqrt().tolist(),
         "variance": (spread * samples).tolist(),
         "gram": gram.tolist(),
