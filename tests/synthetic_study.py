@@ -27,6 +27,7 @@ SPEED = {"ddpo": 1.0, "hinge": 1.0, "constant": 1.5, "slow": 0.8}
 # added to the Frechet distance at equal reward
 FRECHET = {"ddpo": 0.0, "hinge": 0.0, "constant": -0.01, "slow": 0.0}
 RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+NATIVE, VARIANCE = [1.0, *[2.0] * 8, 3.0], [1e-2, *[2e-2] * 8, 1e-2]
 TIMESTEPS = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
 
 
@@ -89,7 +90,14 @@ def run(part, task, algorithm, rate, seed, speed, frechet, **options):
             for epoch in (1, last // 2, last)
         ],
         "gradients": [
-            {"epoch": epoch, "signal": (1e-4 * norm / (1 + epoch)).tolist(), "variance": (1e-2 * norm**2).tolist()}
+            {
+                "epoch": epoch,
+                "native_weight": NATIVE,
+                "signal": (1e-4 * norm / (1 + epoch)).tolist(),
+                "variance": VARIANCE,
+                # the steps' gradients are orthogonal, and the noise hides the last one
+                "gram": np.diag([*([4e-8] * 9), -1e-9]).tolist(),
+            }
             for epoch in (0, last)
         ],
         "environment": {"pcpo_fast": "0", "torch": "0", "machine": "none"},

@@ -7,8 +7,9 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_study import study
+from synthetic_study import NATIVE, VARIANCE, study
 
+from pcpo_fast.study.diagnostics import measured_shares
 from pcpo_fast.study.figures import BASELINE, OTHERS, RewardAxis, all_figures, reward_epochs
 from pcpo_fast.study.frames import Study
 from pcpo_fast.study.report import write_report
@@ -114,6 +115,24 @@ def test_native_credit_on_the_map_differs_from_it_in_credit_only(synthetic):
 
 def test_points_of_the_map_are_in_no_other_comparison(tables):
     assert "map 1 0" not in tables["gain.md"] and "map 1 0" in tables["runs.md"]
+
+
+def test_the_share_that_follows_from_measured_gradients(synthetic, tables):
+    """Of orthogonal gradients it is signal^2 x native / variance: equal for all but the last step here."""
+    found = measured_shares(Study.of(synthetic), "digits")
+    assert found.share == pytest.approx([20 / 9] * 9 + [0])
+    weight, along, noise = np.array(NATIVE), 4e-8 * np.array([1.0, *[2.0] * 8, 0]), np.array(VARIANCE)
+    along[-1] = -1e-9 * 3
+    gain = {
+        name: w @ along / np.sqrt(w**2 @ noise) for name, w in {"native": weight, "constant": weight * 0 + 1}.items()
+    }
+    best = found.share @ along / np.sqrt(found.share**2 @ noise)
+    assert found.gains == pytest.approx({name: value / best for name, value in gain.items()})
+    assert found.gains["native"] < found.gains["constant"] < 1
+    assert (
+        "measured share, n = 5 seeds" in tables["gradients.md"]
+        and "| 901 | 1 | 0.0002 | 0.01 | 2.22 |" in tables["gradients.md"]
+    )
 
 
 CUTS = {

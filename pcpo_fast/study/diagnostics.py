@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pcpo_fast.study.frames import Array, Cell, Study, numbers
 from pcpo_fast.study.statistics import finite_mean
@@ -57,6 +61,48 @@ def gradient_ends(cell: Cell) -> dict[int, dict[str, Array]]:
     """Signal and variance (T,) by epoch, the first and the last that all runs measured, means over seeds."""
     measured = [{row["epoch"]: row for row in run["gradients"]} for run in cell.runs.values() if run.get("gradients")]
     return _ends(measured, ("signal", "variance"))
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Credit from the gradients that the runs of a cell measured before training, means over its seeds, (T,) each."""
+
+    cell: Cell
+    native: Array
+    signal: Array
+    variance: Array
+    share: Array
+    """<signal, policy gradient> / variance, at least 0, with the sum of the native credit."""
+    gains: dict[str, float]
+    """How far an update with credit w goes along the policy gradient, over the length of its noise; 1 is the most."""
+
+
+def measured_shares(study: Study, task: str) -> Shares | None:
+    """The share of every step that follows for the base model of a task; None where no run has measured it."""
+    for cell in diagnosed(study, task):
+        starts = {seed: run["gradients"][0] for seed, run in cell.runs.items() if run.get("gradients")}
+        starts = {seed: row for seed, row in starts.items() if row["epoch"] == 0 and "gram" in row}
+        if starts:
+            keys = ("native_weight", "variance", "gram")
+            native, variance, gram = (
+                np.array([row[key] for row in starts.values()], np.float64).mean(axis=0) for key in keys
+            )
+            measured = Cell(cell.algorithm, cell.learning_rate, {seed: cell.runs[seed] for seed in starts})
+            return _shares(measured, native, variance, gram)
+    return None
+
+
+def _shares(cell: Cell, native: Array, variance: Array, gram: Array) -> Shares:
+    along = np.maximum(gram @ native, 0.0)
+    share = np.divide(along, variance, out=np.zeros_like(along), where=variance > 0)
+    share *= native.sum() / share.sum()
+
+    def gain(weight: Array) -> float:
+        return float(weight @ (gram @ native) / math.sqrt(weight**2 @ variance))
+
+    signal = np.sqrt(np.maximum(gram.diagonal(), 0.0))
+    gains = {"native": gain(native) / gain(share), "constant": gain(np.where(variance > 0, 1.0, 0.0)) / gain(share)}
+    return Shares(cell, native, signal, variance, share, gains)
 
 
 def timesteps_of(cell: Cell, count: int) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+from pcpo_fast.study.frames import Study
 
 NONE = "-"
 
@@ -68,3 +70,13 @@ def ranges(seeds: Iterable[int]) -> str:
         else:
             joined.append([seed, seed])
     return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in joined) or NONE
+
+
+def document(title: str, text: str, study: Study, section: Callable[[str], list[str]]) -> str:
+    """A page: its sentence, then a heading and blocks for every task."""
+    blocks = [f"# {title}", text]
+    for task in study.tasks:
+        blocks += [f"## {study.task_title(task)}", *section(task)]
+    if not study.tasks:
+        blocks.append("The study has no tasks.")
+    return "\n\n".join(blocks) + "\n"
