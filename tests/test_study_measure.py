@@ -16,7 +16,7 @@ from pcpo_fast.digits.data import load_data
 from pcpo_fast.digits.rewards import load_classifier
 from pcpo_fast.study.measure import Quality
 
-# of float32, in which the features and the logits are made
+# float32, in which the features and the logits are made
 EPS = torch.finfo(torch.float32).eps
 PROMPTS = ["the digit 3", "3", "3", "seven", "the digit 3", "3", "seven", "alone"]
 
