@@ -30,6 +30,8 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 
 # a float setting takes an int; nothing else is converted
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+# a list has another length than it needs, by the type of the error
+COUNTS = {"missing": "needs more values", "too_long": "needs fewer values"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class SamplerSettings:
     credit: Credit | tuple[NotNegative, ...] = "constant"
     """Weight of each step in the loss. native: the sampler's own, as in DDPO and Flow-GRPO. constant: their mean.
     proportionate: PCPO's, with a re-solved variance for diffusion. published: as in PCPO's released code.
-    Or a weight for each step."""
+    Or a weight for each step, first step first."""
     target_weight: Positive | None = None
     """Weight of every step (diffusion) or of the whole trajectory (flow); None keeps the sampler's own mean or sum."""
     normalized_log_prob: bool = True
@@ -386,9 +388,21 @@ def _validate(group: type[Any], settings: dict[str, Any]) -> None:
         try:
             TypeAdapter(types[name], config=STRICT).validate_python(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            rule = "needs more values" if first["type"] == "missing" else first["msg"].replace("Input should", "must")
-            raise SettingError(name, f"{_shown(value)} was given; it {rule.replace('valid tuple', 'list')}") from None
+            raise SettingError(name, f"{_shown(value)} was given; {_rules(value, error)}") from None
+
+
+def _rules(value: Any, error: ValidationError) -> str:
+    """What a value, or an entry of a list, must be. Of several kinds of value, those that it is nearest to count."""
+    errors = error.errors()
+    depth = max(len(found["loc"]) for found in errors)
+    rules = []
+    for found in errors:
+        if found["type"] in COUNTS:
+            rules.append(f"it {COUNTS[found['type']]}")
+        elif len(found["loc"]) == depth:
+            entry = "it" if found["input"] is value else _shown(found["input"])
+            rules.append(f"{entry} {found['msg'].replace('Input should', 'must').replace('valid tuple', 'list')}")
+    return ", or ".join(dict.fromkeys(rules))
 
 
 def _shown(value: Any) -> str:

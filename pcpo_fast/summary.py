@@ -68,7 +68,7 @@ class UpdateLog:
 
         `output_grad_norm` is the norm of the gradient of a row's loss at the model output: the credit of the step
         times the row's advantage, 0 where the row was clipped. `taylor_error` is what log rho misses of rho - 1:
-        the sum of |rho - 1 - log rho| over that of |rho - 1|.
+        the sum of |rho - 1 - log rho| over that of |rho - 1|, of rows where both are finite.
         """
         step, log_ratio, clipped, gradient = (torch.cat(parts).cpu() for parts in zip(*self.seen, strict=True))
         log_ratio, clipped, steps = log_ratio.float(), clipped.float(), len(self.table)
@@ -80,13 +80,16 @@ class UpdateLog:
         mean_gradient = _mean_per_step(gradient, step, steps)
         spread = (gradient.double() - mean_gradient[step]) ** 2
         change = torch.expm1(log_ratio.double())
+        missed = (change - log_ratio).abs()
+        # one row whose ratio overflowed would hide all others
+        finite = missed.isfinite()
         return {
             "update/loss": torch.stack(self.losses).mean().item(),
             "update/clip_fraction": clipped.mean().item(),
             "update/clip_fraction_per_step": _per_step(clipped, step, steps, "mean"),
             "update/abs_log_ratio": log_ratio.abs().mean().item(),
             "update/log_ratio_quantiles": torch.nanquantile(log_ratio, torch.tensor(QUANTILES)).tolist(),
-            "update/taylor_error": ((change - log_ratio).abs().nansum() / change.abs().nansum()).item(),
+            "update/taylor_error": (missed[finite].sum() / change[finite].abs().sum()).item(),
             "update/first_abs_log_ratio": first_ratio.max().item(),
             "update/first_abs_log_ratio_per_step": first_per_step,
             "update/output_grad_norm_per_step": _listed(mean_gradient),

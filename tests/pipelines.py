@@ -34,10 +34,13 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from pcpo_fast import train
 from pcpo_fast.config import Config
 from pcpo_fast.digits.models import build_tokenizer
 from pcpo_fast.policies import Policy, load_policy
+from pcpo_fast.presets import PRESETS
 from pcpo_fast.rewards import Reward
+from pcpo_fast.train import TrainerT
 from pcpo_fast.trainer import Trainer
 
 SD15_SCHEDULER = {
@@ -279,6 +282,25 @@ def make_trainer(
         decode_batch, keep_reference = config.run.micro_batch_size, config.loss.kl_weight > 0
         policy = load_policy(config.model, decode_batch=decode_batch, keep_reference=keep_reference)
     return Trainer(config, policy, folder, functions)
+
+
+# few images of the embedded models, and one optimizer step an epoch
+FEW = {
+    "prompts_per_epoch": 2,
+    "group_size": 4,
+    "micro_batch_size": 4,
+    "num_inference_steps": 3,
+    "gradient_accumulation_steps": 100,
+    "epochs": 2,
+    "eval_every": 1,
+    "eval_samples": 4,
+}
+
+
+def make_preset_trainer(preset: str, folder: Path, kind: type[TrainerT] = Trainer, **settings) -> TrainerT:
+    """A trainer of an embedded model with the settings of its preset, as the command line makes it, with FEW images."""
+    config = PRESETS[preset].replace(output_dir=str(folder), **FEW | settings)
+    return train.make_trainer(config, kind=kind)
 
 
 def command(model: Path, folder: Path, **settings) -> list[str]:

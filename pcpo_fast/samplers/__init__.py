@@ -152,10 +152,17 @@ def _weighted(table: StepTable, settings: Any) -> StepTable:
         )
     if settings.target_weight is not None:
         raise SettingError("target_weight", "has no meaning beside a credit of one weight per step; leave it out")
-    if not any(weight for weight, trained in zip(weights, table.trainable.tolist(), strict=True) if trained):
-        raise SettingError("credit", "gives every trained step the weight 0; give at least one of them another")
     # the loss needs the sign of the sampler's own weight, which a model that puts out the sample turns around
-    return dataclasses.replace(table, credit=torch.tensor(weights, dtype=torch.float64) * table.native_weight.sign())
+    credit = torch.tensor(weights, dtype=torch.float64) * table.native_weight.sign()
+    try:
+        weighted = dataclasses.replace(table, credit=credit)
+    except ValueError as error:
+        raise SettingError("credit", str(error)) from error
+    # the loss reads float32
+    if not weighted.weight.float().any():
+        steps = ", ".join(map(str, table.trainable.nonzero().flatten().tolist()))
+        raise SettingError("credit", f"gives every trained step ({steps}) the weight 0; give at least one of them more")
+    return weighted
 
 
 def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
@@ -182,6 +189,8 @@ def _of_the_user(settings: Any, schedule: Schedule) -> StepTable:
     if not isinstance(table.credit, str):
         if settings.target_weight is not None:
             raise SettingError("target_weight", f"{settings.sampler} gives the weights itself; leave it out")
+        if not isinstance(settings.credit, str):
+            raise SettingError("credit", f"{settings.sampler} gives the weights itself; leave it out")
         return dataclasses.replace(table, normalized=normalized)
     if not isinstance(settings.credit, str):
         return dataclasses.replace(_weighted(table, settings), normalized=normalized)

@@ -138,7 +138,7 @@ class StepTable:
             std, weight = (float(column[beyond[0]]) for column in (self.std, self.weight))
             raise ValueError(
                 f"the table does not fit into float32 at step {beyond[0]} (std {std:.3g}, weight {weight:.3g}); give a "
-                "noise level and a target weight of usual size"
+                "noise level and weights of usual size"
             )
         self._set("rows", rows)
 

@@ -7,11 +7,13 @@ Started again, it continues where it was stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ class StudyTrainer(Trainer):
         self.quality = Quality(self.policy.device)
 
     def collect(self, stop: Callable[[], bool] = never) -> Batch:
-        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        if os.environ.get(PARENT) not in (None, str(os.getppid())):
             raise Interrupted
         started = time.process_time()
         batch = super().collect(stop)
@@ -68,8 +70,10 @@ class StudyTrainer(Trainer):
 
     def assess(self, images: Tensor, prompts: list[str]) -> Record:
         record, base = super().assess(images, prompts), self.folder / "base_images.safetensors"
+        # in another memory format the classifier would round otherwise, and equal images would differ
+        images = images.contiguous()
         if self.epoch == 0:
-            write_atomically(base, save({"images": images.cpu().contiguous()}))
+            write_atomically(base, save({"images": images.cpu()}))
         measured = self.quality(images, prompts, load_file(base, device=str(images.device))["images"])
         return record | {f"eval/{name}": measured[name] for name in QUALITIES}
 
@@ -79,7 +83,8 @@ def run(folder: Path) -> dict[str, Any] | None:
     plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
     begun = (folder / "config.json").exists()
     config = Config().replace(**plan["settings"]).replace(output_dir=str(folder), resume=begun)
-    with run_folder(str(folder), folder.name, resume=begun):
+    # gradients are measured outside of training, which ends by itself
+    with run_folder(str(folder), folder.name, resume=begun), suppress(Interrupted):
         trainer = make_trainer(config, kind=StudyTrainer)
         if plan["gradients"] and trainer.epoch == 0:
             _measure_gradients(trainer)
@@ -88,6 +93,7 @@ def run(folder: Path) -> dict[str, Any] | None:
         if plan["gradients"]:
             _measure_gradients(trainer)
         return _result(trainer)
+    return None
 
 
 def _measure_gradients(trainer: Trainer) -> None:
@@ -152,17 +158,19 @@ def main() -> int:
     result = run(folder)
     if result is None:
         return 1
-    write_atomically(folder / RESULT, (json.dumps(_rounded(result)) + "\n").encode())
+    write_atomically(folder / RESULT, (json.dumps(_rounded(result), allow_nan=False) + "\n").encode())
     return 0
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits: what a study prints and compares."""
+    """Six significant digits: what a study prints and compares. A number that is not finite is null."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
 if __name__ == "__main__":
