@@ -82,7 +82,7 @@ def save_curves(
     low, high = (f"{quantile:.0%}" for quantile in REWARD_QUANTILES)
     # words have their size at a width of 830 pixels
     with rc_context({"font.size": 8, "axes.titlesize": 9, "legend.fontsize": 7}):
-        figure = Figure(figsize=(8.3, 6.8), layout="constrained")
+        figure = Figure(figsize=(8.3, 7.4), layout="constrained")
         FigureCanvasAgg(figure)
         # dollar signs in a path are no formula
         figure.suptitle(_title(config, schedule, rewards), fontsize=8.5, parse_math=False)
@@ -92,9 +92,9 @@ def save_curves(
             f"training: {low} to {high} of the images": _lists(metrics, "reward/quantiles", len(REWARD_QUANTILES)),
             "evaluation: mean": metrics.series("eval/reward"),
         }
-        _draw_scores(reward_axes, "Reward", reward_series)
-        scores = {f"evaluation: {name}, mean": metrics.series(f"eval/{name}") for name in held_out.rewards}
-        _draw_scores(score_axes, "Scores not trained on", scores)
+        _draw_scores(reward_axes, "Reward", "reward", reward_series)
+        scores = {f"evaluation: mean {name}": metrics.series(f"eval/{name}") for name in held_out.rewards}
+        _draw_scores(score_axes, "Scores not trained on", "score", scores)
         clipped = _lists(metrics, "update/clip_fraction_per_step", len(timesteps))
         _draw_steps(clip_axes, "Clipped rows by timestep", *clipped, timesteps, "fraction of the step's rows")
         norms = _lists(metrics, "update/output_grad_norm_per_step", len(timesteps))
@@ -108,7 +108,8 @@ def _title(config: Config, schedule: Schedule, rewards: RewardSet) -> str:
     """What decides the run, in the names of the settings."""
     model, loss, run, credit = config.model, config.loss, config.run, config.sampler.credit
     names = [name if weight == 1 else f"{name}={weight:g}" for name, (_, weight) in rewards.rewards.items()]
-    kl = f"kl_weight {loss.kl_weight:g}, " if loss.kl_weight else ""
+    kl = f", kl_weight {loss.kl_weight:g}" if loss.kl_weight else ""
+    ema = f", ema_decay {config.optimizer.ema_decay:g}" if config.optimizer.ema_decay else ""
     training, evaluation = describe(config.sampler, schedule)
     samplers = [f"training: {training}", f"evaluation: {evaluation}"]
     if training == evaluation:
@@ -116,12 +117,12 @@ def _title(config: Config, schedule: Schedule, rewards: RewardSet) -> str:
     lines = [
         f"model {model.model}, tuning {model.tuning}, rewards {' '.join(names)}",
         f"objective {loss.objective}, credit {credit if isinstance(credit, str) else abbreviate(credit)}, "
-        f"learning_rate {config.learning_rate:g}, clip_range {loss.clip_range:g}, {kl}seed {run.seed}",
+        f"learning_rate {config.learning_rate:g}, clip_range {loss.clip_range:g}{kl}",
         f"{run.samples_per_epoch} samples per epoch (prompts_per_epoch {run.prompts_per_epoch} x group_size "
-        f"{run.group_size}), eval_samples {run.eval_samples}",
+        f"{run.group_size}), eval_samples {run.eval_samples}{ema}, seed {run.seed}",
         *samplers,
     ]
-    return "\n".join(textwrap.fill(line, 110, break_on_hyphens=False) for line in lines)
+    return "\n".join(textwrap.fill(line, 90, break_on_hyphens=False) for line in lines)
 
 
 def _lists(metrics: Metrics, key: str, length: int) -> tuple[list[int], NDArray[Any]]:
@@ -135,24 +136,25 @@ def _lists(metrics: Metrics, key: str, length: int) -> tuple[list[int], NDArray[
     return epochs, np.array(rows, float).reshape(-1, length)
 
 
-def _draw_scores(axes: Axes, title: str, series: Mapping[str, tuple[list[int], Any]]) -> None:
+def _draw_scores(axes: Axes, title: str, label: str, series: Mapping[str, tuple[list[int], Any]]) -> None:
     """Draws values by epoch, with gaps where they are not finite: a line for each (E,), and a band for each (E, 2)."""
     from matplotlib.ticker import MaxNLocator
 
-    drawn = {label: (epochs, np.array(values, float)) for label, (epochs, values) in series.items()}
+    drawn = {name: (epochs, np.array(values, float)) for name, (epochs, values) in series.items()}
     scale = RewardAxis([value for _, values in drawn.values() for value in values[np.isfinite(values)]])
-    for label, (epochs, values) in drawn.items():
+    for name, (epochs, values) in drawn.items():
         places = scale.to_axis(values)
         if places.ndim == 2:
-            axes.fill_between(epochs, *places.T, color="C0", alpha=0.15, linewidth=0, label=label)
+            axes.fill_between(epochs, *places.T, color="C0", alpha=0.15, linewidth=0, label=name)
         else:
-            axes.plot(epochs, places, "o-", markersize=3, label=label)
+            axes.plot(epochs, places, "o-", markersize=3, label=name)
     scale.label(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title=title, xlabel="epoch", ylabel="score")
+    axes.set(title=title, xlabel="epoch", ylabel=label)
     axes.grid(color="0.92")
     if drawn:
-        axes.legend()
+        # below the panel, where it hides nothing
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
     else:
         axes.text(0.5, 0.5, "no eval_rewards", ha="center", transform=axes.transAxes)
 
@@ -163,6 +165,8 @@ def _draw_steps(
     """Draws rows (E, T) as a map of epochs and timesteps; what is NaN, as at untrained steps, stays white."""
     from matplotlib.ticker import MaxNLocator
 
+    if np.isnan(rows).any():
+        title += " (white: none)"
     axes.set(title=title, xlabel="epoch", ylabel="timestep")
     if not np.isfinite(rows).any():
         return
