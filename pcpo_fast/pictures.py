@@ -122,7 +122,7 @@ def _title(config: Config, schedule: Schedule, rewards: RewardSet) -> str:
         f"{run.group_size}), eval_samples {run.eval_samples}{ema}, seed {run.seed}",
         *samplers,
     ]
-    return "\n".join(textwrap.fill(line, 90, break_on_hyphens=False) for line in lines)
+    return "\n".join(textwrap.fill(line, 120, break_on_hyphens=False) for line in lines)
 
 
 def _lists(metrics: Metrics, key: str, length: int) -> tuple[list[int], NDArray[Any]]:

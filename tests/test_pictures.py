@@ -83,7 +83,7 @@ def band_of(axes):
 def test_the_title_says_what_decides_the_run(draw):
     figure = draw(
         [],
-        model="a/$mine$",
+        model=r"a/$\mine$",
         objective="ppo",
         credit="native",
         learning_rate=2e-4,
@@ -100,7 +100,7 @@ def test_the_title_says_what_decides_the_run(draw):
     # a line that is too long goes on in the next one
     title = " ".join(figure.get_suptitle().split())
     for words in (
-        *("model a/$mine$", "tuning lora", "rewards digit_alignment=0.5 digit_accuracy", "objective ppo"),
+        *(r"model a/$\mine$", "tuning lora", "rewards digit_alignment=0.5 digit_accuracy", "objective ppo"),
         *("credit native", "learning_rate 0.0002", "clip_range 0.003", "seed 7", "kl_weight 0.04", "ema_decay 0.9"),
         *("30 samples per epoch (prompts_per_epoch 5 x group_size 6)", "eval_samples 11"),
     ):
@@ -111,8 +111,8 @@ def test_the_title_says_what_decides_the_run(draw):
 def test_the_title_fits_on_the_figure(draw):
     figure = draw([], model="/folder" * 40, credit=(0.25,) * STEPS)
     assert "credit [0.25, 0.25, 0.25, 0.25]" in figure.get_suptitle()
-    box = figure._suptitle.get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    box = figure._suptitle.get_window_extent(dpi=160)
+    assert box.x0 >= 0 and box.x1 <= 1328
 
 
 SAMPLERS = [
@@ -276,16 +276,18 @@ def test_metrics_of_an_older_run_are_drawn(draw):
 
 def test_values_that_are_not_finite_leave_gaps(draw):
     records = list(training_records(scores_below_zero()))
+    records[0] |= {"reward/mean": float("nan")}
     records[2] |= {"reward/mean": float("nan"), "reward/quantiles": [None, None]}
     records[4] |= {"reward/mean": float("inf")}
     evaluations = [{"epoch": 0, "eval/reward": -1.0}, {"epoch": 3, "eval/reward": None}]
     axes = draw(records + evaluations).axes[0]
     training, evaluation = axes.lines
-    assert np.isnan(training.get_ydata()).tolist() == [False, False, True, False, True, False]
+    assert np.isnan(training.get_ydata()).tolist() == [True, False, True, False, True, False]
     assert np.isnan(evaluation.get_ydata()).tolist() == [False, True]
     (band,) = axes.collections
     ends = [(path.vertices[:, 0].min(), path.vertices[:, 0].max()) for path in band.get_paths()]
     assert ends == [(1, 2), (4, 6)]
+    assert axes.get_yscale() == "log"
 
 
 @pytest.mark.parametrize("records", [[], [{"epoch": 0, "eval/reward": -1.0}], list(training_records([[0.0, 0.0]]))])
