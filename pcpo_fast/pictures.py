@@ -122,7 +122,7 @@ def _title(config: Config, schedule: Schedule, rewards: RewardSet) -> str:
         f"{run.group_size}), eval_samples {run.eval_samples}{ema}, seed {run.seed}",
         *samplers,
     ]
-    return "\n".join(textwrap.fill(line, 120, break_on_hyphens=False) for line in lines)
+    return "\n".join(textwrap.fill(line, 135, break_on_hyphens=False) for line in lines)
 
 
 def _lists(metrics: Metrics, key: str, length: int) -> tuple[list[int], NDArray[Any]]:
@@ -149,7 +149,7 @@ def _draw_scores(axes: Axes, title: str, label: str, series: Mapping[str, tuple[
         else:
             axes.plot(epochs, places, "o-", markersize=3, label=name)
     scale.label(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set(title=title, xlabel="epoch", ylabel=label)
     axes.grid(color="0.92")
     if drawn:
@@ -166,13 +166,13 @@ def _draw_steps(
     from matplotlib.ticker import MaxNLocator
 
     if np.isnan(rows).any():
-        title += " (white: none)"
+        title += " (white: no value)"
     axes.set(title=title, xlabel="epoch", ylabel="timestep")
     if not np.isfinite(rows).any():
         return
     extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(timesteps) - 0.5, -0.5)
     image = axes.imshow(rows.T, aspect="auto", interpolation="nearest", vmin=0, extent=extent)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ticks = range(0, len(timesteps), math.ceil(len(timesteps) / 10))
     axes.set_yticks(ticks, [timesteps[tick] for tick in ticks])
     axes.figure.colorbar(image, ax=axes, label=label)
