@@ -16,8 +16,8 @@ Record = dict[str, Any]
 class Metrics:
     """A JSON object per epoch and one per evaluation in `metrics.jsonl`, flushed to the disk; the same in TensorBoard.
 
-    Values are numbers, or lists with one number per sampler step; a number that is not finite is written as null. Keys
-    under `time/` are seconds or rates of this machine; all others are the same whenever the run is repeated.
+    Values are numbers, or lists with one number per sampler step or quantile. A number that is not finite is written as
+    null. Keys under `time/` are seconds or rates of this machine; all others are the same whenever the run is repeated.
     """
 
     def __init__(self, folder: Path, kept: int = 0) -> None:

@@ -13,17 +13,21 @@ from pcpo_fast.metrics import Record
 from pcpo_fast.ops import PolicyLoss
 from pcpo_fast.samplers import StepTable
 
+# quantiles of the rewards over an epoch's images
+REWARD_QUANTILES = (0.1, 0.9)
 # quantiles of the log-ratio over an epoch's rows
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
-    """Mean and std of the finite rewards, float32 (N,), how many are not finite, and the mean of each score by name."""
-    finite = rewards.isfinite()
+    """Mean, std and quantiles of the finite rewards, float32 (N,), how many are not finite, and the mean of each score
+    by name."""
+    finite = rewards[rewards.isfinite()]
     return {
-        "reward/mean": rewards[finite].mean().item(),
-        "reward/std": rewards[finite].std(correction=0).item(),
-        "reward/not_finite": int((~finite).sum()),
+        "reward/mean": finite.mean().item(),
+        "reward/std": finite.std(correction=0).item(),
+        "reward/quantiles": finite.quantile(finite.new_tensor(REWARD_QUANTILES)).tolist(),
+        "reward/not_finite": len(rewards) - len(finite),
         **{f"reward/{name}": finite_mean(score) for name, score in scores.items()},
     }
 

@@ -240,7 +240,7 @@ class Trainer:
         if due and self.evaluated != epoch:
             self.metrics.write({"epoch": epoch, **self.evaluate("after" if epoch else "before", stop)})
             self.evaluated = epoch
-        save_curves(self.metrics, self.eval_table.timesteps.tolist(), self.eval_rewards.rewards, self.folder)
+        save_curves(self.metrics, self.config, self.policy.schedule(), self.eval_table, self.rewards, self.eval_rewards)
         if epoch and epoch % run.checkpoint_every == 0:
             self._save(get_random_state())
 

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from synthetic_study import NATIVE, VARIANCE, study
 
+from pcpo_fast.reward_axis import RewardAxis
 from pcpo_fast.study.diagnostics import measured_shares
-from pcpo_fast.study.figures import BASELINE, OTHERS, RewardAxis, all_figures, reward_epochs
+from pcpo_fast.study.figures import BASELINE, OTHERS, all_figures, reward_epochs
 from pcpo_fast.study.frames import Study
 from pcpo_fast.study.report import write_report
 from pcpo_fast.study.tables import TABLES, all_tables

@@ -398,6 +398,7 @@ def test_rewards_that_are_not_finite_are_counted_and_left_out(model, tmp_path, m
     assert record["reward/not_finite"] == 2
     assert record["reward/mean"] == record["reward/jpeg_compressibility"] == 1.5
     assert record["reward/std"] == 0.5
+    assert record["reward/quantiles"] == pytest.approx([1.1, 1.9])
     assert batch.advantages[2:].tolist() == [0, 0]
     assert batch.advantages[0] < 0 < batch.advantages[1]
     assert record["update/skipped_steps"] == 0

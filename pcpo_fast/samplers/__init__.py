@@ -32,6 +32,7 @@ __all__ = [
     "StepTable",
     "build",
     "build_for_evaluation",
+    "describe",
     "shifted_sigmas",
 ]
 
@@ -91,6 +92,32 @@ def build_for_evaluation(settings: Any, schedule: Schedule) -> StepTable:
     if ":" in (settings.sampler or ""):
         return build(settings, schedule)
     return _of_the_scheduler(settings, schedule, noise_level=0.0, credit="native")
+
+
+def describe(settings: Any, schedule: Schedule) -> tuple[str, str]:
+    """The samplers of `build` and of `build_for_evaluation`, in the names of the settings: sampler, steps and noise.
+
+    The two are equal where both tables take the same steps.
+    """
+    steps = f"num_inference_steps {settings.num_inference_steps}"
+    if ":" in (settings.sampler or ""):
+        noise = {"eta": settings.eta, "noise_level": settings.noise_level}
+        given = [f"{name} {value:g}" for name, value in noise.items() if value is not None]
+        own = ", ".join([f"sampler {settings.sampler}", steps, *given])
+        return own, own
+    family = family_of(schedule.scheduler)
+    name = settings.sampler or SAMPLERS[family][0]
+    common = f"sampler {name}, {steps}"
+    if family == "diffusion":
+        common += f", eta {1.0 if settings.eta is None else settings.eta:g}"
+        resolved = settings.credit in ("proportionate", "published")
+        training, evaluation = f", its std re-solved for credit {settings.credit}" if resolved else "", ""
+    else:
+        level = NOISE_LEVELS[name] if settings.noise_level is None else settings.noise_level
+        training, evaluation = f", noise_level {level:g}", ", noise_level 0"
+    if settings.window_size is not None:
+        training += f", window_size {settings.window_size}, window {settings.window}"
+    return common + training, common + evaluation
 
 
 def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float | None, **wanted: Any) -> StepTable:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from pcpo_fast.files import write_atomically
+from pcpo_fast.reward_axis import RewardAxis
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, step_ends, timesteps_of
 from pcpo_fast.study.frames import Array, Cell, Curve, Study
 from pcpo_fast.study.markdown import show_rate, words
@@ -26,8 +27,6 @@ BASELINE = "#000000"
 OTHERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6D3B")
 WIDTH, DPI = 8.3, 160
 STYLES = ("-", "--", "-.", ":")
-# the axis of a reward that is at most 0 is logarithmic where its largest distance to 0 is so many times its smallest
-LOGARITHMIC_FROM = 3.0
 
 
 def all_figures(study: Mapping[str, Any]) -> dict[str, bytes]:
@@ -251,47 +250,6 @@ def credit_map(study: Study, task: str) -> Figure | None:
         fontsize=10,
     )
     return figure
-
-
-class RewardAxis:
-    """An axis on which gains can be seen: logarithmic in -reward for rewards that are at most 0, else linear.
-
-    A policy that learns approaches 0 by a factor per epoch, so on a linear axis all algorithms end in one line.
-
-    Args:
-        rewards: all that the axis shows; which of the two it is follows from them.
-    """
-
-    def __init__(self, rewards: Sequence[float]) -> None:
-        gaps = [-reward for reward in rewards]
-        positive = [gap for gap in gaps if gap > 0]
-        self.floor = min(positive, default=1.0)
-        self.logarithmic = (
-            bool(positive) and min(gaps, default=0) >= 0 and max(positive) / self.floor >= LOGARITHMIC_FROM
-        )
-
-    def to_axis(self, rewards: Array) -> Array:
-        """Coordinates on the axis; a reward of exactly 0 is shown with the highest one below it."""
-        return np.maximum(-rewards, self.floor) if self.logarithmic else rewards
-
-    def between(self, low: float, high: float, count: int) -> Array:
-        """Rewards (count,) from low to high, at equal distances on the axis."""
-        if self.logarithmic:
-            return -np.geomspace(-low, max(-high, self.floor), count)
-        return np.linspace(low, high, count)
-
-    def label(self, axis: Any) -> None:
-        """Sets up a matplotlib axis: scale, direction and ticks that say rewards."""
-        if not self.logarithmic:
-            return
-        axes = axis.axes
-        which = axis.axis_name
-        getattr(axes, f"set_{which}scale")("log")
-        if not getattr(axes, f"{which}axis_inverted")():
-            getattr(axes, f"invert_{which}axis")()
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{-value:g}"))
-        axis.set_minor_formatter(NullFormatter())
 
 
 BAND = "bands: 95% bootstrap intervals of the mean over seeds, at each algorithm's best learning rate"
