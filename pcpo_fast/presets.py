@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pcpo_fast.config import Config
 
-# shared by the embedded models
+# shared by the embedded models; docs/evidence.md found constant credit, the default, and their learning rates best, and
+# after 16 epochs nearly all of the reward is gained
 _DIGITS = Config().replace(
     tuning="full",
-    learning_rate=1e-4,
     num_inference_steps=10,
     # it bounds means over the latent's elements: 256 here, a 64th of Stable Diffusion's, so it is wider
     clip_range=1e-3,
-    epochs=28,
+    epochs=16,
     prompts_per_epoch=8,
     group_size=32,
     micro_batch_size=64,
     gradient_accumulation_steps=10,
-    eval_every=7,
+    eval_every=4,
     eval_samples=320,
 )
 # shared by the models from a hub
@@ -32,9 +32,11 @@ _HUB = Config().replace(
 )
 
 PRESETS: dict[str, Config] = {
-    "digits": _DIGITS.replace(guidance_scale=1.5),
+    "digits": _DIGITS.replace(guidance_scale=1.5, learning_rate=2e-4),
     # the embedded flow model, which needs no guidance
-    "digits-flow": _DIGITS.replace(model="digits-flow", guidance_scale=1.0, max_sequence_length=16),
+    "digits-flow": _DIGITS.replace(
+        model="digits-flow", guidance_scale=1.0, max_sequence_length=16, learning_rate=4e-4
+    ),
     "sd15": _HUB.replace(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         lora_rank=16,
