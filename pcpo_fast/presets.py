@@ -34,9 +34,7 @@ _HUB = Config().replace(
 PRESETS: dict[str, Config] = {
     "digits": _DIGITS.replace(guidance_scale=1.5, learning_rate=2e-4),
     # the embedded flow model, which needs no guidance
-    "digits-flow": _DIGITS.replace(
-        model="digits-flow", guidance_scale=1.0, max_sequence_length=16, learning_rate=4e-4
-    ),
+    "digits-flow": _DIGITS.replace(model="digits-flow", guidance_scale=1.0, max_sequence_length=16, learning_rate=4e-4),
     "sd15": _HUB.replace(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5",
         lora_rank=16,

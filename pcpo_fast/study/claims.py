@@ -32,11 +32,10 @@ def _rows(study: Study, claim: Mapping[str, Any]) -> Iterator[list[str]]:
     stated = [claim["claim"], claim.get("stated") or NONE]
     for task in claim["tasks"]:
         pairs = _pairs(study, claim, task)
-        if not pairs:
-            yield [*stated, study.task_title(task), "no finished runs", NONE, NONE, NONE]
-        for pair in pairs:
+        found = [_found(study, task, claim["measure"], pair) for pair in pairs]
+        for cells in found or [["no finished runs", NONE, NONE, NONE]]:
+            yield [*stated, study.task_title(task), *cells]
             # a text that repeats is shown once
-            yield [*stated, study.task_title(task), *_found(study, task, claim["measure"], pair)]
             stated = ["", ""]
 
 
