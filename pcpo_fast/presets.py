@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pcpo_fast.config import Config
 
-# shared by the embedded models; `pcpo study evidence` found constant credit, the default, and their learning rates best,
-# and after 16 epochs most of the reward is gained
+# shared by the embedded models; `pcpo study evidence` found constant credit, the default, and their learning rates
+# best, and after 16 epochs most of the reward is gained
 _DIGITS = Config().replace(
     tuning="full",
     num_inference_steps=10,

@@ -26,9 +26,9 @@ from pcpo_fast.windows import WindowSchedule
 DESCRIPTION = f"""Align a text-to-image diffusion or flow pipeline with policy gradients: PCPO by default; DDPO,
 DanceGRPO or Flow-GRPO with --objective ppo --credit native. The first argument may name a preset
 ({", ".join(PRESETS)}; digits by default), whose settings are the defaults shown here. The credit of all, and the
-learning rates and epochs of digits and digits-flow, are what `pcpo study evidence` found best. --config FILE reads settings
-from a JSON or YAML file, such as another run's config.json; it overrides the preset, and the command line overrides
-both."""
+learning rates and epochs of digits and digits-flow, are what `pcpo study evidence` found best. --config FILE reads
+settings from a JSON or YAML file, such as another run's config.json; it overrides the preset, and the command line
+overrides both."""
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
