@@ -157,7 +157,8 @@ class Study:
             p, q = settings["credit_powers"]
             return float(p), float(q)
         # the sampler's own weights are |output_coef| / std
-        return {"native": (1.0, -1.0), "constant": (0.0, 0.0)}.get(settings.get("credit", "constant"))
+        credit = settings.get("credit", "constant")
+        return {"native": (1.0, -1.0), "constant": (0.0, 0.0)}.get(credit) if isinstance(credit, str) else None
 
     @cached_property
     def best(self) -> dict[tuple[str, str], float]:
