@@ -302,7 +302,7 @@ def _finish(axes: Axes, title: str, legend: bool = True) -> None:
         axes.spines[side].set_visible(False)
     if legend and axes.get_legend_handles_labels()[0]:
         # below the panel, where it hides nothing
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
 def _titled(figure: Figure, title: str, drawn: bool, note: str) -> Figure | None:
