@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _try_out(config: Config, source: ModelSource, rewards: Rewards | None) -> None:
-    """Calls every reward once, so that one which fails does so before the model is loaded."""
+    """Calls every reward once, so that one which fails does so before the model is loaded. There is no time limit: a
+    reward may load a model at its first call."""
     trained = RewardSet(config.data.rewards if rewards is None else rewards)
     held_out = [name for name in config.data.eval_rewards if name not in trained.rewards]
     for functions in (trained, RewardSet(held_out, setting="eval_rewards")):

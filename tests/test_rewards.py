@@ -373,10 +373,11 @@ def test_a_reward_has_random_states_of_its_own():
 
 def test_a_reward_that_takes_too_long_is_named():
     def sleeps(images, prompts):
-        try:
-            time.sleep(60)
-        except Exception:
-            return [0, 0, 0]
+        # as code that asks a server again and again
+        while time.monotonic() - started < 60:
+            with contextlib.suppress(Exception):
+                time.sleep(60)
+        return [0, 0, 0]
 
     handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
     with pytest.raises(

@@ -442,7 +442,8 @@ def own_rewards(tmp_path, monkeypatch):
         "    return [1.0] * len(prompts)\n"
         "def half(images, prompts): return [math.nan, *range(len(prompts) // 2 - 1)] * 2\n"
         "def hangs(images, prompts):\n"
-        "    if len(prompts) == 4: time.sleep(60)\n"
+        "    calls['hangs'] += 1\n"
+        "    time.sleep({1: 0.5, 3: 60}.get(calls['hangs'], 0))\n"
         "    return red(images, prompts)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

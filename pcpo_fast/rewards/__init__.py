@@ -133,17 +133,14 @@ class RewardSet:
         return total, scores
 
     def try_out(self, prompts: Sequence[str], side: int, device: torch.device) -> None:
-        """Calls every reward once, on two images of noise with the first prompts, without a time limit: a reward may
-        load a model at its first call.
+        """Calls every reward once, on two images of noise with the first prompts.
 
         Raises:
             SettingError: if a reward cannot score them.
         """
         images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-        untimed = copy.copy(self)
-        untimed.timeout = None
         try:
-            untimed(images, (list(prompts) * 2)[:2])
+            self(images, (list(prompts) * 2)[:2])
         except RewardError as error:
             raise SettingError(self.setting, f"{error}. This was a trial before the run, on two images") from error
 
