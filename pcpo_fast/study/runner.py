@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pcpo_fast.run_folder import LOCK
 from pcpo_fast.signals import Signals
+from pcpo_fast.terminal import say
 
 from .plan import Plan, Run, best_learning_rate
 from .results import Results, prepare
@@ -186,15 +187,14 @@ class Study:
                 if self.waiting:
                     self._plan_runs()
                 self.results.save(self.runs)
-                tqdm.write(f"{run.id} has finished ({len(self.finished)} of {self.total} runs)")
+                say(f"{run.id} has finished ({len(self.finished)} of {self.total} runs)")
             elif not stopping:
                 log = self.results.run_folder(run) / LOG
-                quoted = "".join(f"\n    {line}" for line in _last_lines(log))
-                self._fail(run, f"{wrong}; its log {log} ends with{quoted}")
+                self._fail(run, f"{wrong}; its log {log} ends with", *(f"    {line}" for line in _last_lines(log)))
 
-    def _fail(self, run: Run, reason: str) -> None:
+    def _fail(self, run: Run, reason: str, *quoted: str) -> None:
         self.failed.append(run.id)
-        tqdm.write(f"{run.id} failed: {reason}", file=sys.stderr)
+        say(f"{run.id} failed: {reason}", *quoted, error=True)
 
     def _stop(self) -> None:
         for _, process in self._running.values():
