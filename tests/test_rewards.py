@@ -26,6 +26,11 @@ IMAGES = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["cat", "dog", "horse"]
 
 
+def without_address(value):
+    """A test's name, the same in every process."""
+    return re.sub(r" at 0x\w+", "", repr(value))
+
+
 def brightness(images, prompts):
     return images.mean(dim=(1, 2, 3))
 
@@ -182,7 +187,7 @@ SCORES = torch.tensor([3.0, 2.0, 1.0])
         ([3, 2, 1], None),
         ((3, 2, 1), "info"),
     ],
-    ids=repr,
+    ids=without_address,
 )
 def test_one_number_per_image_in_any_container_or_with_info(result):
     total, _ = RewardSet({"good": lambda images, prompts: result})(IMAGES, PROMPTS)
@@ -218,7 +223,7 @@ def test_a_pair_of_numbers_is_the_scores_of_two_images():
         (([1, 2], {}), r"returned shape \(2,\) as the scores of a pair"),
         ((SCORES, {}, 1), "returned a tuple that holds no numbers"),
     ],
-    ids=repr,
+    ids=without_address,
 )
 def test_a_reward_that_returns_anything_else_is_named(result, found):
     with pytest.raises(
