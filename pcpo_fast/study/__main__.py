@@ -106,7 +106,8 @@ def _announce(study: Study, folder: Path, resumed: bool) -> None:
     if resumed and finished < study.total:
         say("The study goes on: finished runs are not repeated, the others go on from their last checkpoints.")
     if changed:
-        say(f"These runs were made with other settings and are repeated: {', '.join(changed)}")
+        why = "were made with other settings, or without gradients, and are repeated"
+        say(f"These runs {why}: {', '.join(changed)}")
 
 
 def _lament(study: Study) -> None:
@@ -140,8 +141,9 @@ def _report(study: Study, folder: Path) -> int:
     if not study.finished:
         say(f"error: no run of {study.plan.name} has finished in {folder}; there is nothing to report", error=True)
         return 1
-    if study.results.changed:
-        say(f"Left out, since their settings have changed: {', '.join(study.results.changed)}")
+    left_out = [name for name in study.results.changed if name not in study.results.finished]
+    if left_out:
+        say(f"Left out, since their settings have changed, or gradients are missing: {', '.join(left_out)}")
     for written in write_report(study.results.study(study.runs), folder):
         say(str(written))
     return 0

@@ -167,6 +167,8 @@ class Study:
         for task in self.tasks:
             for algorithm in self.algorithms:
                 swept = [rate.learning_rate for rate in self.sweep(task, algorithm) if rate.best]
+                if self._planned_sweep(task, algorithm) and not swept:
+                    continue
                 rates = swept or sorted({run["learning_rate"] for run in self._select(task, algorithm, swept=False)})
                 if len(rates) == 1:
                     chosen[task, algorithm] = rates[0]
@@ -175,7 +177,8 @@ class Study:
     def sweep(self, task: str, algorithm: str) -> list[SweptRate]:
         """The learning rates that the sweep has tried, rising; empty if it has no finished run.
 
-        The best is the one with the highest mean over seeds of `reward_at_quality`; of equal ones the lowest.
+        The best is the one with the highest mean over seeds of `reward_at_quality`; of equal ones the lowest. There is
+        none before all of the sweep has finished.
         """
         if (task, algorithm) not in self._sweeps:
             self._sweeps[task, algorithm] = self._sweep(task, algorithm)
@@ -208,13 +211,25 @@ class Study:
         if not summary:
             return []
         means = [mean for _, _, mean, _ in summary]
-        best = means.index(max(means))
+        planned = self._planned_sweep(task, algorithm)
+        whole = planned <= {(rate, seed) for rate, rewards, *_ in summary for seed in rewards}
+        best = means.index(max(means)) if whole else None
         edge = "at the edge" if len(summary) > 1 else "the only rate"
         place = edge if best in (0, len(summary) - 1) else "inside the sweep"
         return [
             SweptRate(rate, rewards, mean, final, index == best, place if index == best else "")
             for index, (rate, rewards, mean, final) in enumerate(summary)
         ]
+
+    def _planned_sweep(self, task: str, algorithm: str) -> set[tuple[float, int]]:
+        """(learning rate, seed) of the runs that choose the best rate."""
+        return {
+            (float(rate), seed)
+            for part in self._parts(swept=True)
+            if task in part.get("tasks", ()) and algorithm in part.get("algorithms", ())
+            for rate in part.get("learning_rates", ())
+            for seed in part.get("seeds", ())
+        }
 
     def cell(self, task: str, algorithm: str, learning_rate: float, swept: bool = False) -> Cell:
         """The compared runs of an algorithm at a rate, or those of the sweep."""

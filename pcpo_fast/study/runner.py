@@ -178,6 +178,8 @@ class Study:
             if status is None:
                 continue
             del self._running[run.id]
+            # the plan may ask for more of it by now
+            run = next((planned for planned in self.runs if planned.id == run.id), run)
             if status == 0:
                 wrong = self.results.read(run)
             else:
@@ -208,7 +210,8 @@ class Study:
         running = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         state = f"{len(self.finished)}/{self.total} runs; running {running or 'none'}"
         done, before = self._done() - bar.n, bar.postfix
-        bar.update(done)
+        if done:
+            bar.update(done)
         bar.set_postfix_str(state, refresh=bool(done) or state != before)
 
     def _done(self) -> int:
