@@ -16,6 +16,7 @@ import pandas
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import _get_current_function_mode_stack
 
 from pcpo_fast.errors import SettingError
 from pcpo_fast.rewards import REWARDS, RewardError, RewardSet
@@ -317,6 +318,7 @@ def read_globals():
     return {
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
+        "modes": len(_get_current_function_mode_stack()),
         "threads": torch.get_num_threads(),
         "gradients": torch.is_grad_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
