@@ -19,7 +19,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import REWARDS, RewardError, Rewards, RewardSet
+from pcpo_fast.rewards import REWARDS, RewardError, Rewards, RewardSet, reward_sets
 from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.terminal import one_line, printable, say
 from pcpo_fast.trainer import Trainer
@@ -65,8 +65,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     file, rest = early.parse_known_args(rest)
     early.add_argument("--output-dir", "--output_dir")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
-    for name in ("rewards", "eval-rewards", "sampler"):
-        early.add_argument(f"--{name}", f"--{name.replace('-', '_')}", nargs="*", default=argparse.SUPPRESS)
+    for name in OWN:
+        early.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="*", default=argparse.SUPPRESS)
     peeked = vars(early.parse_known_args(rest)[0])
 
     given = {} if file.config is None else read_config(file.config)
@@ -196,9 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _try_out(config: Config, source: ModelSource, rewards: Rewards | None) -> None:
     """Calls every reward once, so that one which fails does so before the model is loaded. There is no time limit: a
     reward may load a model at its first call."""
-    trained = RewardSet(config.data.rewards if rewards is None else rewards)
-    held_out = [name for name in config.data.eval_rewards if name not in trained.rewards]
-    for functions in (trained, RewardSet(held_out, setting="eval_rewards")):
+    for functions in reward_sets(config.data, rewards):
         functions.try_out(load_prompts(config.data.prompts), source.side, source.device)
 
 

@@ -46,7 +46,7 @@ from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.pictures import save_curves, save_samples
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import draw_prompts, load_prompts
-from pcpo_fast.rewards import Rewards, RewardSet
+from pcpo_fast.rewards import Rewards, reward_sets
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.samplers import StepTable, build_for_evaluation
 from pcpo_fast.signals import Signals, never
@@ -74,10 +74,7 @@ class Trainer:
         self.config = config = config.resolved()
         self.policy, self.folder = policy, folder
         self.prompts = load_prompts(config.data.prompts)
-        timeout = config.data.reward_timeout
-        self.rewards = RewardSet(config.data.rewards if rewards is None else rewards, timeout=timeout)
-        held_out = [name for name in config.data.eval_rewards if name not in self.rewards.rewards]
-        self.eval_rewards = RewardSet(held_out, setting="eval_rewards", timeout=timeout)
+        self.rewards, self.eval_rewards = reward_sets(config.data, rewards, timeout=config.data.reward_timeout)
         self.windows = WindowSchedule(config, policy.schedule(), policy.device)
         self.eval_table = build_for_evaluation(config.sampler, policy.schedule()).to(policy.device)
         if config.model.release_text_encoders:

@@ -23,7 +23,8 @@ from pcpo_fast.__main__ import main as pcpo
 from pcpo_fast.errors import SettingError
 from pcpo_fast.study import __main__ as command_line
 from pcpo_fast.study import runner
-from pcpo_fast.study.plan import best_learning_rate, make_plan
+from pcpo_fast.study.measures import best_learning_rate
+from pcpo_fast.study.plan import make_plan
 from pcpo_fast.study.results import Results, prepare
 from pcpo_fast.study.runner import Study
 

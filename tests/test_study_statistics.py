@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from synthetic_study import RATES, study
 
-from pcpo_fast.study.frames import Cell, Study, curve_of, evaluation_frame, reward_at_quality, run_frame
-from pcpo_fast.study.measures import QUALITY
+from pcpo_fast.study.frames import Cell, Study, curve_of, evaluation_frame, run_frame
+from pcpo_fast.study.measures import QUALITY, best_learning_rate, reward_at_quality
 from pcpo_fast.study.statistics import (
     NOT_SIGNIFICANT,
     Interval,
@@ -257,7 +257,6 @@ def test_the_sweep_names_its_best_and_whether_it_is_at_the_edge(synthetic):
 
 
 def test_the_best_rate_is_the_plans(synthetic):
-    plan = pytest.importorskip("pcpo_fast.study.plan")
     whole = Study.of(synthetic)
     for limit in (0.08, 0.05, 0.0):
         limited = {**synthetic["file"]["tasks"]["digits"], "frechet_limit": limit}
@@ -266,7 +265,7 @@ def test_the_best_rate_is_the_plans(synthetic):
             runs = [
                 run for run in whole.runs if (run["part"], run["task"], run["algorithm"]) == ("sweep", "digits", name)
             ]
-            assert other.best["digits", name] == plan.best_learning_rate(runs, limit)
+            assert other.best["digits", name] == best_learning_rate(runs, limit)
 
 
 def test_the_sweeps_runs_are_not_compared(synthetic):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcpo_fast.config import DataSettings
 from pcpo_fast.errors import SettingError, describe_error
 from pcpo_fast.functions import import_function
 from pcpo_fast.isolation import OutOfTime, kept_globals, seed_generators, time_limit
@@ -57,7 +58,7 @@ class RewardSet:
         timeout: seconds that one call of a reward may take; None for any time.
 
     Attributes:
-        rewards: functions and weights, by name.
+        rewards: functions of (images, prompts, metadata) and their weights, by name.
         seconds: how long each reward took in the last call, by name.
 
     Raises:
@@ -96,8 +97,7 @@ class RewardSet:
                 raise SettingError(
                     setting, f"the reward {name!r} has a weight that is not a finite number; write {name}=0.5, say"
                 )
-            _of_three(name, reward, setting)
-            self.rewards[name] = reward, float(weight)
+            self.rewards[name] = _of_three(name, reward, setting), float(weight)
 
     def __call__(
         self,
@@ -126,8 +126,7 @@ class RewardSet:
             started = time.perf_counter()
             # each has copies of its own, which it may write into
             inputs = images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts), copy.deepcopy(list(metadata))
-            function = _of_three(name, reward, self.setting)
-            scores[name] = self._score(name, function, inputs, seed).where(finite, math.nan)
+            scores[name] = self._score(name, reward, inputs, seed).where(finite, math.nan)
             self.seconds[name] = time.perf_counter() - started
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
@@ -192,6 +191,24 @@ class RewardSet:
         if self.timeout is not None and time.perf_counter() - started > self.timeout:
             raise RewardError(late)
         return scores
+
+
+def reward_sets(
+    data: DataSettings, rewards: Rewards | None, *, timeout: float | None = None
+) -> tuple[RewardSet, RewardSet]:
+    """What a run is trained on, and what it only measures: the eval rewards that are not trained on.
+
+    Args:
+        data: the settings.
+        rewards: functions in the place of the settings' rewards, if they are given.
+        timeout: as for `RewardSet`.
+
+    Raises:
+        SettingError: as `RewardSet`.
+    """
+    trained = RewardSet(data.rewards if rewards is None else rewards, timeout=timeout)
+    held_out = [name for name in data.eval_rewards if name not in trained.rewards]
+    return trained, RewardSet(held_out, setting="eval_rewards", timeout=timeout)
 
 
 def _find(name: str, setting: str) -> Reward:

@@ -22,7 +22,8 @@ from pcpo_fast.run_folder import LOCK
 from pcpo_fast.signals import Signals
 from pcpo_fast.terminal import say
 
-from .plan import Plan, Run, best_learning_rate
+from .measures import best_learning_rate
+from .plan import Plan, Run
 from .results import Results, prepare
 
 COMMAND = (sys.executable, "-m", "pcpo_fast.study.run")
