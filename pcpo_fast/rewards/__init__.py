@@ -58,7 +58,7 @@ class RewardSet:
         timeout: seconds that one call of a reward may take; None for any time.
 
     Attributes:
-        rewards: functions of (images, prompts, metadata) and their weights, by name.
+        rewards: functions and weights, by name.
         seconds: how long each reward took in the last call, by name.
 
     Raises:
@@ -97,7 +97,8 @@ class RewardSet:
                 raise SettingError(
                     setting, f"the reward {name!r} has a weight that is not a finite number; write {name}=0.5, say"
                 )
-            self.rewards[name] = _of_three(name, reward, setting), float(weight)
+            _of_three(name, reward, setting)
+            self.rewards[name] = reward, float(weight)
 
     def __call__(
         self,
@@ -126,7 +127,8 @@ class RewardSet:
             started = time.perf_counter()
             # each has copies of its own, which it may write into
             inputs = images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts), copy.deepcopy(list(metadata))
-            scores[name] = self._score(name, reward, inputs, seed).where(finite, math.nan)
+            function = _of_three(name, reward, self.setting)
+            scores[name] = self._score(name, function, inputs, seed).where(finite, math.nan)
             self.seconds[name] = time.perf_counter() - started
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
