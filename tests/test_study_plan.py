@@ -1,6 +1,7 @@
 """Study files: what they mean, and that every mistake in one is found before any run starts."""
 
 import copy
+import datetime
 import math
 
 import pytest
@@ -149,6 +150,21 @@ def test_defaults_are_filled_in():
         ("claims", [{"claim": "x", "algorithm": "x", "measure": "epochs"}], "claims.0.algorithm", "'x' does not exist"),
         ("claims", [{"claim": "x", "algorithm": "grpo", "measure": "x"}], "claims.0.measure", "choose one of epochs, "),
         ("claims", [{"claim": "x", "algorithm": "grpo"}], "claims.0.measure", "is missing"),
+        (
+            "claims",
+            [{"claim": "x", "algorithm": "grpo", "measure": "epochs"}],
+            "claims.0.algorithm",
+            "'grpo' is compared with itself",
+        ),
+        (
+            "claims",
+            [{"claim": "x\ny", "algorithm": "constant", "measure": "epochs"}],
+            "claims.0.claim",
+            "give one line of text",
+        ),
+        ("tasks.flow.title", "a\x1b[0m", "tasks.flow.title", "give one line of text"),
+        ("tasks.a\nb", TASK, "tasks.a\nb", "give one line of text"),
+        ("algorithms.grpo.title", "a\nb", "algorithms.grpo.title", "give one line of text"),
         ("tasks.flow.colour", 1, "tasks.flow.colour", "nothing has this name here"),
         ("tasks.flow.settings", {"epoch": 3}, "tasks.flow.settings.epoch", "did you mean epochs"),
         ("tasks.flow.settings", {"epochs": 0}, "tasks.flow.settings.epochs", "0 was given"),
@@ -160,6 +176,20 @@ def test_defaults_are_filled_in():
         ("algorithms.grpo.learning_rate", 1e-4, "algorithms.grpo.learning_rate", "learning_rates of a part"),
         ("algorithms.grpo.title", 3, "algorithms.grpo.title", "3 was given"),
         ("algorithms.constant.credit_powers", [1], "algorithms.constant.credit_powers", "give two numbers"),
+        ("algorithms.constant.credit_powers", [True, 1], "algorithms.constant.credit_powers", "give two numbers"),
+        (
+            "algorithms.constant.credit_powers",
+            [0, -1000],
+            "tasks.flow with algorithms.constant: credit",
+            "are not finite",
+        ),
+        ("algorithms.unused", {"epoch": 3}, "algorithms.unused.epoch", "did you mean epochs"),
+        ("algorithms." + 200 * "a", {}, "parts.sweep", "has a name of 2"),
+        ("parts.equal.seeds", [100], "parts.equal.seeds", "100 is a seed of both a sweep and a comparison of 'grpo'"),
+        ("parts.best.seeds", [1, 101], "parts.best.seeds", "101 is a seed of both"),
+        ("settings", {"eval_samples": 1}, "tasks.flow with algorithms.grpo: eval_samples", "give at least 2"),
+        ("settings", {"colour": datetime.date(2026, 1, 1)}, "study", "holds what JSON cannot"),
+        ("tasks.flow.preset", "sd15", "tasks.flow with algorithms.grpo: model", "with a classifier of digits"),
         ("algorithms.constant.credit_powers", [1, "x"], "algorithms.constant.credit_powers", "give two numbers"),
         ("algorithms.grpo.credit_powers", [1, 0], "algorithms.grpo.credit_powers", "gives the credit, and so does"),
         ("parts", {}, "parts", "is empty"),
@@ -186,7 +216,12 @@ def test_defaults_are_filled_in():
         ("parts.sweep.learning_rates", "best", "parts.sweep.learning_rates", "chooses the best; give it a list"),
         ("parts.equal.learning_rates", [1e-4, 1.00000001e-4], "parts.equal", "would both be called"),
         ("parts.equal.steps", 3, "parts.equal.steps", "nothing has this name here"),
-        ("settings", {"model": "nowhere"}, "tasks.flow with algorithms.grpo: model", "'nowhere' is not a diffusers"),
+        (
+            "settings",
+            {"model": "nowhere"},
+            "tasks.flow with algorithms.grpo: model",
+            "'nowhere' was given; a study measures",
+        ),
         ("settings", {"rewards": ["beauty"]}, "tasks.flow with algorithms.grpo: rewards", "no reward is named"),
         ("algorithms.constant.eta", 1.0, "tasks.flow with algorithms.constant: eta", "is DDIM's"),
         ("algorithms.constant.group_size", 1, "tasks.flow with algorithms.constant: micro_batch_size", "8 images"),
@@ -196,6 +231,20 @@ def test_mistakes(place, value, named, reason):
     with pytest.raises(SettingError) as error:
         make_plan("name", changed(place, value))
     assert (error.value.name, reason in error.value.reason) == (named, True), error.value
+
+
+def test_gradients_are_those_of_all_steps():
+    file = changed("settings", {"window_size": 2})
+    assert make_plan("name", file).runs()[0]
+    file["parts"]["equal"]["gradients"] = True
+    with pytest.raises(SettingError, match=r"^tasks\.flow with algorithms\.grpo: window_size"):
+        make_plan("name", file)
+
+
+def test_content_that_contains_itself():
+    file = read_yaml("tasks: &a {flow: *a}\nalgorithms: {}\nparts: {}\n")
+    with pytest.raises(SettingError, match="none within itself"):
+        make_plan("name", file)
 
 
 def test_names_that_give_the_same_folder():

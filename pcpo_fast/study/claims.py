@@ -8,14 +8,14 @@ from typing import Any
 from pcpo_fast.study.frames import Cell, Run, Study, numbers
 from pcpo_fast.study.markdown import NONE, bracket, fixed, grid, show_gain, show_rate, signed, words
 from pcpo_fast.study.measures import COSTS, QUALITY, TAYLOR
-from pcpo_fast.study.statistics import MIN_SEEDS, gain_of, matched_differences, mean_interval
+from pcpo_fast.study.statistics import gain_of, matched_differences, mean_interval
 
 TEXT = (
     "Every claim that the study file names, on each of its tasks. A gain is the baseline's epochs (or seconds, or "
     "images) to the target reward over ours, minus 1. A difference is ours minus the baseline's, where each run first "
     "reaches the target reward. Both are means over seeds with 95% bootstrap intervals, paired by seed, not adjusted "
-    "for the number of claims; ≥ and ≤ mark bounds, where only one of the two never reaches the target in some runs, "
-    "and ~ that both do. The other tables have all targets, rates and measures."
+    "for the number of claims, and without a verdict below five seeds; ≥ and ≤ mark bounds, where only one of the two "
+    "never reaches the target in some runs, and ~ that both do. The other tables have all targets, rates and measures."
 )
 
 
@@ -30,29 +30,16 @@ def claims(study: Study) -> str:
 def _rows(study: Study, claim: Mapping[str, Any]) -> Iterator[list[str]]:
     stated = [claim["claim"], claim.get("stated") or NONE]
     for task in claim["tasks"]:
-        pairs = _pairs(study, claim, task)
+        theirs, ours = claim.get("against") or study.baseline(task), claim["algorithm"]
+        pairs = study.pairs(task, theirs, ours, claim["rates"])
+        if claim["rates"] == "equal":
+            # a row per rate would be long: those of the sweep alone stand in the other tables
+            pairs = [pair for pair in pairs if not pair[0].swept]
         found = [_found(study, task, claim["measure"], pair) for pair in pairs]
-        for cells in found or [["no finished runs", NONE, NONE, NONE]]:
+        for cells in found or [["no finished runs to compare", NONE, NONE, NONE]]:
             yield [*stated, study.task_title(task), *cells]
             # a text that repeats is shown once
             stated = ["", ""]
-
-
-def _pairs(study: Study, claim: Mapping[str, Any], task: str) -> list[tuple[Cell, Cell]]:
-    """(baseline, ours), each at its best rate, or both at every rate that enough seeds have run."""
-    theirs, ours = claim.get("against") or study.baseline(task) or "", claim["algorithm"]
-    if claim["rates"] == "best":
-        best = study.best.get((task, theirs)), study.best.get((task, ours))
-        rates, least = [best], 1
-    else:
-        tried = {run["learning_rate"] for run in study.runs if run["task"] == task}
-        rates, least = [(rate, rate) for rate in sorted(tried)], MIN_SEEDS
-    pairs = [
-        (study.cell(task, theirs, first), study.cell(task, ours, second))
-        for first, second in rates
-        if first is not None and second is not None
-    ]
-    return [pair for pair in pairs if len(pair[0].curves.keys() & pair[1].curves.keys()) >= least]
 
 
 def _found(study: Study, task: str, measure: str, pair: tuple[Cell, Cell]) -> list[str]:

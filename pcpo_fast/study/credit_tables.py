@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, measured_shares, timesteps_of
 from pcpo_fast.study.frames import Study
-from pcpo_fast.study.markdown import NONE, document, fixed, grid, show_rate, significant
+from pcpo_fast.study.markdown import NONE, bracket, document, fixed, grid, show_rate, significant
 from pcpo_fast.study.statistics import Times, horizon_of
 
 
@@ -42,7 +42,7 @@ def credit_map(study: Study) -> str:
                 grid(["reward", *(f"q = {q:g}" for q in qs)], rewards),
                 grid(["p", "q", "algorithm", "seeds", "reward", epochs, "never reached"], rows),
             ]
-        return lines or ["No finished runs of the map."]
+        return lines
 
     return document("The map of credit", text, study, section)
 
@@ -50,18 +50,19 @@ def credit_map(study: Study) -> str:
 def gradients(study: Study) -> str:
     """Signal and variance of the gradient by step."""
     text = (
-        "Signal and variance of the parameter gradient by step, measured at the first and the last measured epoch: "
-        "means over seeds, for the baseline and for constant credit at their best learning rates. The last column of "
-        "the first table is the share that follows for the base model, <signal, policy gradient> / variance, with the "
-        "sum of the native credit; where the noise of the measurement hides the signal it is 0. The gain of a credit "
-        "is its <update, policy gradient> over the length of its noise, as a share of the best one's "
-        "([why](../maths.md#what-share-a-step-should-have))."
+        "Of the base model: the signal of every step's parameter gradient along the policy gradient, its variance, and "
+        "the share of credit that follows, signal / variance, with the sum of the native credit. The gain of a credit "
+        "is how far its update goes along the policy gradient, over the length of its noise; the measured share that a "
+        "seed is judged with comes from the other seeds. Why is in docs/maths.md, under What share a step should have. "
+        "Brackets are 95% bootstrap intervals over seeds. By algorithm: the length of the signal and the variance at "
+        "the first and the last measured epoch, means over seeds, for the baseline and for constant credit at their "
+        "best learning rates; a signal of 0 is hidden by the noise of its measurement."
     )
 
     def section(task: str) -> list[str]:
         cells = [cell for cell in diagnosed(study, task) if any(run.get("gradients") for run in cell.runs.values())]
         if not cells:
-            return ["No finished runs with measured gradients."]
+            return []
         header, columns = ["timestep"], []
         for cell in cells:
             ends = gradient_ends(cell)
@@ -79,15 +80,25 @@ def gradients(study: Study) -> str:
 
 
 def _shares(study: Study, task: str) -> list[str]:
-    """The share of each step that follows from the base model's gradients, and how near other credit comes."""
+    """The share of each step that follows from the base model's gradients, and how far each credit goes."""
     found = measured_shares(study, task)
     if found is None:
         return []
-    steps, title = timesteps_of(found.cell, len(found.native)), f"n = {len(found.cell.curves)} seeds"
-    columns = [found.native, found.signal, found.variance, found.share]
-    rows = [[step, *map(significant, values)] for step, *values in zip(steps, *columns, strict=True)]
-    gains = [[name, fixed(gain, 2)] for name, gain in found.gains.items()]
-    return [
-        grid(["timestep", "native credit", "signal", "variance", f"measured share, {title}"], rows),
-        grid(["credit", "gain, of the best share's"], gains),
+    steps = timesteps_of(found.cell, len(found.native))
+    rows = [
+        [
+            step,
+            significant(native),
+            f"{significant(along.estimate)}{bracket(along, significant)}",
+            *map(significant, rest),
+        ]
+        for step, native, along, *rest in zip(
+            steps, found.native, found.along, found.variance, found.share, strict=True
+        )
     ]
+    header = ["timestep", "native credit", "signal along the policy gradient", "variance", "measured share"]
+    gains = [
+        [name, f"{significant(gain.estimate)}{bracket(gain, significant)}", str(gain.n)]
+        for name, gain in found.gains.items()
+    ]
+    return ["The base model:", grid(header, rows), grid(["credit", "gain", "seeds"], gains), "By algorithm:"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pcpo_fast.study.frames import Array, Cell, Study, numbers
-from pcpo_fast.study.statistics import finite_mean
+from pcpo_fast.study.statistics import Interval, finite_mean, mean_interval
 
 
 def last_reward(cell: Cell) -> float:
@@ -65,44 +65,62 @@ def gradient_ends(cell: Cell) -> dict[int, dict[str, Array]]:
 
 @dataclass(frozen=True)
 class Shares:
-    """Credit from the gradients that the runs of a cell measured before training, means over its seeds, (T,) each."""
+    """Credit from the gradients that the runs of a cell measured before training: one measurement per seed."""
 
     cell: Cell
     native: Array
-    signal: Array
+    """(T,) the sampler's own weights."""
     variance: Array
+    """(T,) of a step's gradient, mean over seeds."""
+    along: Sequence[Interval]
+    """<signal, policy gradient> of each step."""
     share: Array
-    """<signal, policy gradient> / variance, at least 0, with the sum of the native credit."""
-    gains: dict[str, float]
-    """How far an update with credit w goes along the policy gradient, over the length of its noise; 1 is the most."""
+    """(T,) `along` / variance, at least 0, with the sum of the native credit, from all seeds."""
+    gains: Mapping[str, Interval]
+    """By credit: how far its update goes along the policy gradient, over the length of its noise. The measured share of
+    a seed comes from the other seeds: the noise that picks it is not the noise that judges it."""
 
 
 def measured_shares(study: Study, task: str) -> Shares | None:
     """The share of every step that follows for the base model of a task; None where no run has measured it."""
+    measured = []
     for cell in diagnosed(study, task):
-        starts = {seed: run["gradients"][0] for seed, run in cell.runs.items() if run.get("gradients")}
+        starts = {seed: run["gradients"][0] for seed, run in sorted(cell.runs.items()) if run.get("gradients")}
         starts = {seed: row for seed, row in starts.items() if row["epoch"] == 0 and "gram" in row}
-        if starts:
-            keys = ("native_weight", "variance", "gram")
-            native, variance, gram = (
-                np.array([row[key] for row in starts.values()], np.float64).mean(axis=0) for key in keys
-            )
-            measured = Cell(cell.algorithm, cell.learning_rate, {seed: cell.runs[seed] for seed in starts})
-            return _shares(measured, native, variance, gram)
-    return None
+        measured.append((len(starts), cell, starts))
+    # the base model is the same for all: the cell with most seeds has measured it best
+    count, cell, starts = max(measured, key=lambda found: found[0], default=(0, None, {}))
+    if cell is None or not count:
+        return None
+    rows = [
+        {key: np.array(row[key], np.float64) for key in ("native_weight", "variance", "gram")}
+        for row in starts.values()
+    ]
+    native = rows[0]["native_weight"]
+    along, variance = np.array([row["gram"] @ native for row in rows]), np.array([row["variance"] for row in rows])
+
+    def gain(weight: Array, seed: int) -> float:
+        return float(weight @ along[seed] / math.sqrt(weight**2 @ variance[seed]))
+
+    credit = {"native": [native] * count, "constant": [np.where(variance[0] > 0, 1.0, 0.0)] * count}
+    if count > 1:
+        others = [np.arange(count) != seed for seed in range(count)]
+        credit["measured"] = [_share(native, along[rest], variance[rest]) for rest in others]
+    return Shares(
+        Cell(cell.algorithm, cell.learning_rate, {seed: cell.runs[seed] for seed in starts}),
+        native,
+        variance.mean(axis=0),
+        [mean_interval(column) for column in along.T],
+        _share(native, along, variance),
+        {name: mean_interval(numbers(map(gain, weights, range(count)))) for name, weights in credit.items()},
+    )
 
 
-def _shares(cell: Cell, native: Array, variance: Array, gram: Array) -> Shares:
-    along = np.maximum(gram @ native, 0.0)
-    share = np.divide(along, variance, out=np.zeros_like(along), where=variance > 0)
-    share *= native.sum() / share.sum()
-
-    def gain(weight: Array) -> float:
-        return float(weight @ (gram @ native) / math.sqrt(weight**2 @ variance))
-
-    signal = np.sqrt(np.maximum(gram.diagonal(), 0.0))
-    gains = {"native": gain(native) / gain(share), "constant": gain(np.where(variance > 0, 1.0, 0.0)) / gain(share)}
-    return Shares(cell, native, signal, variance, share, gains)
+def _share(native: Array, along: Array, variance: Array) -> Array:
+    """The share (T,) that follows from (N, T) measurements; the native one where no step has a signal."""
+    signal, noise = np.maximum(along.mean(axis=0), 0.0), variance.mean(axis=0)
+    share = np.divide(signal, noise, out=np.zeros_like(signal), where=noise > 0)
+    return share * (native.sum() / share.sum()) if share.any() else native
 
 
 def timesteps_of(cell: Cell, count: int) -> list[str]:

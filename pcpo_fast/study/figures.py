@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pcpo_fast.reward_axis import RewardAxis
 from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, step_ends, timesteps_of
 from pcpo_fast.study.frames import Array, Cell, Curve, Study
 from pcpo_fast.study.markdown import show_rate, words
+from pcpo_fast.study.measures import file_name
 from pcpo_fast.study.statistics import mean_interval, position, value_at
 
 # Okabe and Ito's, which colour-blind readers can tell apart; black is the baseline's
@@ -34,7 +34,7 @@ def all_figures(study: Mapping[str, Any]) -> dict[str, bytes]:
     whole = Study.of(study)
     figures = {name: draw(whole) for name, draw in FIGURES.items()}
     for task in whole.tasks:
-        figures["map_" + re.sub(r"[^A-Za-z0-9.-]", "_", task)] = credit_map(whole, task)
+        figures["map_" + file_name(task)] = credit_map(whole, task)
     return {f"{name}.png": _png(figure) for name, figure in figures.items() if figure is not None}
 
 
@@ -137,7 +137,7 @@ def learning_rates(study: Study) -> Figure | None:
                 continue
             colour, style = _look(study, task, name)
             seeds = max(len(rate.rewards) for rate in rates)
-            label = f"{study.algorithm_title(name)}, n = {seeds}"
+            label = f"{_plain(study.algorithm_title(name))}, n = {seeds}"
             x, y = [rate.learning_rate for rate in rates], scale.to_axis(np.array([rate.mean for rate in rates]))
             axes.plot(x, y, color=colour, linestyle=style, label=label)
             for rate in rates:
@@ -245,7 +245,7 @@ def credit_map(study: Study, task: str) -> Figure | None:
     counts = sorted({len(cell.curves) for cell in points.values()})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     axes.set_title(
-        f"{study.task_title(task)}: credit ~ |output_coef|^p std^q\n"
+        f"{_plain(study.task_title(task))}: credit ~ |output_coef|^p std^q\n"
         f"mean reward at the end, rate {show_rate(rate)}, n = {n} seeds; bold: the highest",
         fontsize=10,
     )
@@ -278,7 +278,7 @@ def _look(study: Study, task: str, algorithm: str) -> tuple[str, str]:
 
 
 def _named(study: Study, cell: Cell) -> str:
-    return f"{study.algorithm_title(cell.algorithm)}, {show_rate(cell.learning_rate)}, n = {len(cell.curves)}"
+    return f"{_plain(study.algorithm_title(cell.algorithm))}, {show_rate(cell.learning_rate)}, n = {len(cell.curves)}"
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -291,8 +291,13 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
+def _plain(title: str) -> str:
+    """A title as it is written: text between two dollars would be set as a formula."""
+    return title.replace("$", r"\$")
+
+
 def _finish(axes: Axes, title: str, legend: bool = True) -> None:
-    axes.set_title(title, fontsize=9)
+    axes.set_title(_plain(title), fontsize=9)
     axes.grid(True, color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)

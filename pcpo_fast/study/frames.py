@@ -9,12 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from pcpo_fast.study.measures import COSTS, QUALITY, best_learning_rate, is_sweep, reward_at_quality
 
-RUN_KEYS = ("part", "task", "algorithm", "learning_rate", "seed")
 EVALUATION_KEYS = (*COSTS.values(), "reward", *QUALITY, "pixel_shift")
 
 Array = NDArray[np.float64]
@@ -33,22 +31,6 @@ def curve_of(run: Run) -> Curve:
     evaluations = sorted(run.get("evaluations") or [], key=lambda row: row["epoch"])
     rows = [row for row in evaluations if row.get("reward") is not None and math.isfinite(row["reward"])]
     return {key: numbers(row.get(key) for row in rows) for key in EVALUATION_KEYS}
-
-
-def run_frame(study: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per finished run of study.json: what identifies it, its last epoch, and its last finite reward."""
-    rows = []
-    for run in _finished(study):
-        curve = curve_of(run)
-        last = {f"last_{key}": curve[key][-1] if len(curve[key]) else math.nan for key in ("epoch", "reward")}
-        rows.append({**{key: run.get(key) for key in RUN_KEYS}, **last})
-    return pd.DataFrame(rows, columns=pd.Index([*RUN_KEYS, "last_epoch", "last_reward"]))
-
-
-def evaluation_frame(study: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per evaluation of the finished runs of study.json; NaN where a number was not finite."""
-    frames = [pd.DataFrame({**{key: run.get(key) for key in RUN_KEYS}, **curve_of(run)}) for run in _finished(study)]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*RUN_KEYS, *EVALUATION_KEYS])
 
 
 @dataclass(frozen=True)
@@ -208,7 +190,8 @@ class Study:
         """(learning rate, seed) of the runs that choose the best rate."""
         return {
             (float(rate), seed)
-            for part in self._parts(swept=True)
+            for name, part in self.parts.items()
+            if is_sweep(name)
             if task in part.get("tasks", ()) and algorithm in part.get("algorithms", ())
             for rate in part.get("learning_rates", ())
             for seed in part.get("seeds", ())
@@ -231,29 +214,36 @@ class Study:
         ]
         return [cell for cell in cells if cell.curves]
 
-    def pairs_at_best(self, task: str) -> list[tuple[Cell, Cell]]:
-        """(baseline, other) for every other algorithm, each at its own best rate; empty without baseline runs."""
-        cells = self.best_cells(task)
-        if not cells or cells[0].algorithm != self.baseline(task):
-            return []
-        return [(cells[0], cell) for cell in cells[1:]]
+    def pairs(self, task: str, theirs: str | None, ours: str, rates: str) -> list[tuple[Cell, Cell]]:
+        """Cells (theirs, ours) to compare, if they have run the same seeds.
 
-    def pairs_at_equal_rates(self, task: str) -> list[tuple[Cell, Cell]]:
-        """(baseline, other) at every rate that both have run, by the runs of the sweep where no others were made."""
-        baseline = self.baseline(task)
-        if baseline is None:
+        Args:
+            task: where both have run.
+            theirs: an algorithm, mostly the task's baseline.
+            ours: another one.
+            rates: "best" for a pair with each at its own best rate, "equal" for a pair at every rate that both have
+                run, by the runs of the sweep where no others were made.
+        """
+        if theirs is None:
             return []
-        pairs = []
-        for name in self.algorithms:
-            if name == baseline or self.is_map_point(name):
-                continue
-            for rate in sorted({run["learning_rate"] for run in self.runs if run["task"] == task}):
-                for swept in (False, True):
-                    pair = self.cell(task, baseline, rate, swept), self.cell(task, name, rate, swept)
-                    if pair[0].curves.keys() & pair[1].curves.keys():
-                        pairs.append(pair)
-                        break
-        return pairs
+        if rates == "best":
+            best = self.best.get((task, theirs)), self.best.get((task, ours))
+            tried = [(*best, False)]
+        else:
+            both = sorted({run["learning_rate"] for run in self.runs if run["task"] == task})
+            tried = [(rate, rate, swept) for rate in both for swept in (False, True)]
+        pairs: dict[tuple[float, float], tuple[Cell, Cell]] = {}
+        for first, second, swept in tried:
+            if first is not None and second is not None:
+                pair = self.cell(task, theirs, first, swept), self.cell(task, ours, second, swept)
+                if pair[0].curves.keys() & pair[1].curves.keys():
+                    pairs.setdefault((first, second), pair)
+        return list(pairs.values())
+
+    def pairs_with_baseline(self, task: str, rates: str) -> list[tuple[Cell, Cell]]:
+        """`pairs` of the baseline with every other algorithm; points of the map are left out."""
+        baseline, names = self.baseline(task), [name for name in self.algorithms if not self.is_map_point(name)]
+        return [pair for name in names if name != baseline for pair in self.pairs(task, baseline, name, rates)]
 
     def even_credit(self, task: str) -> Cell | None:
         """The algorithm whose diagnostics are shown beside the baseline's: constant credit, or another."""
@@ -271,34 +261,7 @@ class Study:
         }
 
     def _select(self, task: str, algorithm: str, swept: bool) -> list[Run]:
-        runs = self._grouped.get((task, algorithm), [])
-        return [run for run in runs if (self._in_sweep(run) if swept else self._is_compared(run))]
-
-    def _in_sweep(self, run: Run) -> bool:
-        return is_sweep(run["part"]) or any(self._in_part(run, part) for part in self._parts(swept=True))
-
-    def _is_compared(self, run: Run) -> bool:
-        # a run of two parts is made once, and names the first of them; "best" is not asked here, as it asks in turn
-        best, others = [], []
-        for part in self._parts(swept=False):
-            (best if part.get("learning_rates") == "best" else others).append(part)
-        if not is_sweep(run["part"]) or any(self._in_part(run, part) for part in others):
-            return True
-        swept = [rate.learning_rate for rate in self.sweep(run["task"], run["algorithm"]) if rate.best] if best else []
-        return run["learning_rate"] in swept and any(self._in_part(run, part, swept[0]) for part in best)
-
-    def _parts(self, swept: bool) -> list[Mapping[str, Any]]:
-        return [part for name, part in self.parts.items() if is_sweep(name) == swept]
-
-    def _in_part(self, run: Run, part: Mapping[str, Any], best: float | None = None) -> bool:
-        rates = [best] if best is not None else part.get("learning_rates", ())
-        return (
-            run["task"] in part.get("tasks", ())
-            and run["algorithm"] in part.get("algorithms", ())
-            and run["seed"] in part.get("seeds", ())
-            and rates != "best"
-            and any(float(rate) == run["learning_rate"] for rate in rates)
-        )
+        return [run for run in self._grouped.get((task, algorithm), []) if is_sweep(run["part"]) == swept]
 
     def _has_rate(self, part: Mapping[str, Any], task: str, algorithm: str, learning_rate: float) -> bool:
         rates = part.get("learning_rates", ())

@@ -74,12 +74,13 @@ def ranges(seeds: Iterable[int]) -> str:
 
 
 def document(title: str, text: str, study: Study, section: Callable[[str], list[str]]) -> str:
-    """A page: its sentence, then a heading and blocks for every task."""
+    """A page: its sentence, then a heading and blocks for every task that has any."""
     blocks = [f"# {title}", text]
     for task in study.tasks:
-        blocks += [f"## {study.task_title(task)}", *section(task)]
-    if not study.tasks:
-        blocks.append("The study has no tasks.")
+        found = section(task)
+        blocks += [f"## {study.task_title(task)}", *found] if found else []
+    if len(blocks) == 2:
+        blocks.append("There is nothing to show yet.")
     return "\n\n".join(blocks) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
@@ -25,6 +26,11 @@ COSTS = {"epochs": "epoch", "images": "images", "seconds": "seconds"}
 TAYLOR = "taylor_error"
 # a claim is about one of them
 MEASURES = (*COSTS, *QUALITY, TAYLOR)
+
+
+def file_name(text: str) -> str:
+    """A text as the name of a file: letters, digits, points and dashes, with _ for all else."""
+    return re.sub(r"[^A-Za-z0-9.-]", "_", text)
 
 
 def is_sweep(part: str) -> bool:

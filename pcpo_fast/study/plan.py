@@ -7,29 +7,28 @@ study's, the task's and the algorithm's, each of which overrides those before. d
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from annotated_types import Ge, Gt, Len, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from pcpo_fast import samplers
 from pcpo_fast.config import Config, checked_settings, read_yaml
 from pcpo_fast.errors import SettingError
-from pcpo_fast.policies import find_model
+from pcpo_fast.policies import EMBEDDED, find_model
 from pcpo_fast.presets import PRESETS
-from pcpo_fast.study.measures import MEASURES, SWEEP, is_sweep
+from pcpo_fast.study.file import as_json, cells, checked_file
+from pcpo_fast.study.measures import SWEEP, file_name, is_sweep
 from pcpo_fast.train import check
 
 # the files that come with the package, by name
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 # a setting of an algorithm beside those of training: the exponents of its credit
 POWERS = "credit_powers"
+# letters of a run's name, which is that of its folder
+LONGEST = 200
 # settings that differ between the runs of one algorithm
 OF_THE_STUDY = {
     "learning_rate": "learning_rates of a part give it",
@@ -37,74 +36,6 @@ OF_THE_STUDY = {
     "output_dir": "every run has a folder of its own inside the study's",
     "resume": "a study always resumes",
 }
-
-
-def _distinct(values: list[Any]) -> list[Any]:
-    twice = next((value for value in values if values.count(value) > 1), None)
-    if twice is not None:
-        raise ValueError(f"names {twice!r} twice; name it once")
-    return values
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, str) and value != "best":
-        raise ValueError(f"is {value!r}; give a list of numbers, or best")
-    return value
-
-
-Names = Annotated[list[str], Len(1), AfterValidator(_distinct)]
-Seeds = Annotated[list[Annotated[int, Ge(0), Lt(2**62)]], Len(1), AfterValidator(_distinct)]
-Rates = Annotated[list[Annotated[float, Gt(0)]], Len(1), AfterValidator(_distinct)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Task(Section):
-    """A preset, and what its runs are judged by."""
-
-    title: str | None = None
-    preset: str
-    settings: dict[str, Any] = {}
-    baseline: str
-    targets: Annotated[list[float], Len(1), AfterValidator(_distinct)]
-    frechet_limit: Annotated[float, Gt(0)]
-
-
-class Part(Section):
-    """Tasks x algorithms x learning rates x seeds; all tasks and algorithms where none are named."""
-
-    tasks: Names | None = None
-    algorithms: Names | None = None
-    learning_rates: Annotated[Rates | Literal["best"], BeforeValidator(_listed)]
-    seeds: Seeds
-    gradients: bool = False
-    """Whether its runs also measure the gradient of every step, before the first epoch and after the last."""
-
-
-class Claim(Section):
-    """A sentence, and the comparison that it is held against."""
-
-    claim: str
-    stated: str | None = None
-    """The figure that comes with the claim where it was made."""
-    tasks: Names | None = None
-    algorithm: str
-    against: str | None = None
-    """The algorithm to compare with; a task's baseline where none is named."""
-    measure: str
-    rates: Literal["best", "equal"] = "best"
-
-
-class StudyFile(Section):
-    """What a study file holds."""
-
-    settings: dict[str, Any] = {}
-    tasks: Annotated[dict[str, Task], Len(1)]
-    algorithms: Annotated[dict[str, dict[str, Any]], Len(1)]
-    parts: Annotated[dict[str, Part], Len(1)]
-    claims: list[Claim] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +88,7 @@ class Plan:
         """
         found: dict[str, Run] = {}
         waiting = []
-        for part, task, algorithm, rate, seed in _cells(self.file):
+        for part, task, algorithm, rate, seed in cells(self.file):
             if rate == "best":
                 rate = (best or {}).get((task, algorithm))
             if rate is None:
@@ -174,8 +105,8 @@ class Plan:
 
     def sweep(self, task: str, algorithm: str) -> dict[str, float]:
         """The learning rates of the runs that choose the best one of an algorithm, by the id of the run."""
-        cells = [cell[1:] for cell in _cells(self.file) if is_sweep(cell[0]) and cell[1:3] == (task, algorithm)]
-        return {run_id(*cell): cell[2] for cell in cells}
+        swept = [cell[1:] for cell in cells(self.file) if is_sweep(cell[0]) and cell[1:3] == (task, algorithm)]
+        return {run_id(*cell): cell[2] for cell in swept}
 
     def frechet_limit(self, task: str) -> float:
         """The Frechet distance up to which an evaluation counts in the choice of a learning rate."""
@@ -202,30 +133,21 @@ def make_plan(name: str, content: Any) -> Plan:
     Raises:
         SettingError: as `read_plan`.
     """
-    file = _filled(content)
-    for task, given in file["tasks"].items():
-        _check_choice(f"tasks.{task}.preset", given["preset"], PRESETS)
-        _check_choice(f"tasks.{task}.baseline", given["baseline"], file["algorithms"])
-    for part, given in file["parts"].items():
-        for kind in ("tasks", "algorithms"):
-            for index, one in enumerate(given[kind]):
-                _check_choice(f"parts.{part}.{kind}.{index}", one, file[kind])
-    for index, given in enumerate(file["claims"]):
-        for one in given["tasks"]:
-            _check_choice(f"claims.{index}.tasks", one, file["tasks"])
-        _check_choice(f"claims.{index}.measure", given["measure"], MEASURES)
-        for kind in ("algorithm", "against"):
-            if given[kind] is not None:
-                _check_choice(f"claims.{index}.{kind}", given[kind], file["algorithms"])
+    file = checked_file(content)
     _check_best(file)
+    _check_seeds(file)
     _check_ids(file)
-    pairs = dict.fromkeys((task, algorithm) for _, task, algorithm, *_ in _cells(file))
+    pairs = dict.fromkeys((task, algorithm) for _, task, algorithm, *_ in cells(file))
+    # an algorithm of no part is checked as well
+    pairs |= dict.fromkeys(
+        (next(iter(file["tasks"])), name) for name in file["algorithms"].keys() - {a for _, a in pairs}
+    )
     return Plan(name, file, {pair: _config(file, *pair) for pair in pairs})
 
 
 def run_id(task: str, algorithm: str, learning_rate: float, seed: int) -> str:
     """The name of a run, which is that of its folder, too."""
-    return re.sub(r"[^A-Za-z0-9.-]", "_", f"{task}-{algorithm}-{learning_rate:g}-{seed}")
+    return file_name(f"{task}-{algorithm}-{learning_rate:g}-{seed}")
 
 
 def credit_weights(config: Config, powers: Sequence[float]) -> tuple[float, ...]:
@@ -244,66 +166,6 @@ def credit_weights(config: Config, powers: Sequence[float]) -> tuple[float, ...]
     # a step without noise is not trained; its s^q may be infinite
     weight = torch.where(native != 0, native.sign() * table.output_coef.abs() ** p * table.std**q, 0.0)
     return tuple((weight * (native.abs().sum() / weight.abs().sum())).tolist())
-
-
-def as_json(values: Any) -> Any:
-    """The same values as they are read back from JSON: a list in the place of each tuple."""
-    return json.loads(json.dumps(values))
-
-
-def _cells(file: Mapping[str, Any]) -> Iterable[tuple[str, str, str, Any, int]]:
-    """(part, task, algorithm, learning rate, seed) of every run; seeds first, so that a study cut short is balanced."""
-    for name, part in file["parts"].items():
-        rates = [part["learning_rates"]] if part["learning_rates"] == "best" else part["learning_rates"]
-        for seed in part["seeds"]:
-            for task in part["tasks"]:
-                for algorithm in part["algorithms"]:
-                    yield from ((name, task, algorithm, rate, seed) for rate in rates)
-
-
-def _filled(content: Any) -> dict[str, Any]:
-    """The content of a study file, with its structure checked and its defaults filled in."""
-    try:
-        file = TypeAdapter(StudyFile).validate_python(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # a place inside a key that takes two kinds also names the kind
-        place = [
-            str(part) for part in first["loc"] if not re.match(r"\[key\]$|(list|literal|function-\S+)\[", str(part))
-        ]
-        raise SettingError(".".join(place) or "study", _reason(first)) from None
-    for section in file.parts.values():
-        section.tasks = section.tasks or list(file.tasks)
-        section.algorithms = section.algorithms or list(file.algorithms)
-    for claim in file.claims:
-        claim.tasks = claim.tasks or list(file.tasks)
-    for name, task in file.tasks.items():
-        task.title = task.title or name
-    filled = file.model_dump()
-    filled["algorithms"] = {name: {"title": name} | given for name, given in filled["algorithms"].items()}
-    for name, given in filled["algorithms"].items():
-        if not isinstance(given["title"], str):
-            raise SettingError(f"algorithms.{name}.title", f"{given['title']!r} was given; give a text")
-    return as_json(filled)
-
-
-def _reason(error: Mapping[str, Any]) -> str:
-    """A finding of pydantic in the words of this package."""
-    if error["type"] == "missing":
-        return "is missing; give it"
-    if error["type"] == "extra_forbidden":
-        return "nothing has this name here; docs/study.md lists what a study file holds"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    if error["type"] == "too_short":
-        return "is empty; give at least one"
-    rule = error["msg"].replace("Input should", "must").replace("dictionary", "mapping")
-    return f"{error['input']!r} was given; it {rule}"
-
-
-def _check_choice(place: str, given: str, choices: Iterable[str]) -> None:
-    if given not in choices:
-        raise SettingError(place, f"{given!r} does not exist; choose one of {', '.join(choices)}")
 
 
 def _check_best(file: Mapping[str, Any]) -> None:
@@ -325,15 +187,33 @@ def _check_best(file: Mapping[str, Any]) -> None:
             )
 
 
+def _check_seeds(file: Mapping[str, Any]) -> None:
+    """Checks that no seed of a sweep is compared: its runs have chosen the rate, and would flatter it."""
+    seeds: dict[tuple[bool, str, str], set[int]] = {}
+    for part, task, algorithm, _, seed in cells(file):
+        seeds.setdefault((is_sweep(part), task, algorithm), set()).add(seed)
+        both = seeds.get((True, task, algorithm), set()) & seeds.get((False, task, algorithm), set())
+        if both:
+            raise SettingError(
+                f"parts.{part}.seeds",
+                f"{min(both)} is a seed of both a sweep and a comparison of {algorithm!r} on {task!r}; give the sweep "
+                "seeds of its own",
+            )
+
+
 def _check_ids(file: Mapping[str, Any]) -> None:
     """Checks that runs with different learning rates, tasks or algorithms have different names."""
     sweeps = [part["learning_rates"] for name, part in file["parts"].items() if is_sweep(name)]
     swept = [rate for rates in sweeps for rate in rates]
     seen: dict[str, tuple[Any, ...]] = {}
-    for part, task, algorithm, rate, seed in _cells(file):
+    for part, task, algorithm, rate, seed in cells(file):
         for number in swept if rate == "best" else [rate]:
             key = (task, algorithm, number, seed)
             name = run_id(*key)
+            if len(name) > LONGEST:
+                raise SettingError(
+                    f"parts.{part}", f"the run {name} has a name of {len(name)} letters; shorten it to {LONGEST}"
+                )
             if seen.setdefault(name, key) != key:
                 other = seen[name]
                 raise SettingError(
@@ -362,14 +242,30 @@ def _config(file: Mapping[str, Any], task: str, algorithm: str) -> Config:
         place = f"algorithms.{algorithm}.{POWERS}"
         if "credit" in own:
             raise SettingError(place, "gives the credit, and so does credit; leave one of the two out")
-        numbers = isinstance(powers, list) and all(isinstance(power, int | float) for power in powers)
+        numbers = isinstance(powers, list) and all(type(power) in (int, float) for power in powers)
         if not numbers or len(powers) != 2 or not all(map(math.isfinite, powers)):
             raise SettingError(place, f"{powers!r} was given; give two numbers, p and q of |output_coef|^p std^q")
     try:
         if powers is not None:
             config = config.resolved()
-            config = config.replace(credit=credit_weights(config, powers))
+            credit = credit_weights(config, powers)
+            if not all(map(math.isfinite, credit)):
+                raise SettingError("credit", f"the weights of {powers} are not finite: {credit}; give smaller powers")
+            config = config.replace(credit=credit)
         config = config.resolved()
+        if config.model.model not in EMBEDDED:
+            raise SettingError(
+                "model",
+                f"{config.model.model!r} was given; a study measures quality with a classifier of digits, so "
+                f"give one of {', '.join(EMBEDDED)}",
+            )
+        if config.run.eval_samples < 2:
+            raise SettingError("eval_samples", "one image has no Frechet distance; give at least 2")
+        if config.sampler.window_size is not None and any(
+            part["gradients"] and task in part["tasks"] and algorithm in part["algorithms"]
+            for part in file["parts"].values()
+        ):
+            raise SettingError("window_size", "gradients are measured at all steps; leave the window or gradients out")
         check(config)
     except SettingError as error:
         raise SettingError(f"tasks.{task} with algorithms.{algorithm}: {error.name}", error.reason) from error

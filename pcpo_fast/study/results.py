@@ -14,7 +14,8 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.files import write_atomically
 from pcpo_fast.presets import PRESETS
 
-from .plan import Plan, Run, as_json, run_id
+from .file import as_json
+from .plan import Plan, Run, run_id
 
 # in the folder of a study
 STUDY, REPLACED, RUNS = "study.json", "study.old{}.json", "runs"

@@ -1,8 +1,8 @@
 """Statistics of a study: epochs and seconds to a reward, quality at matched reward, intervals paired by seed.
 
 Times are right-censored: a run that has not reached the target by its last evaluation counts with the time of that
-evaluation, as one that takes at least so long. The restricted mean, the area under the Kaplan-Meier curve up to a
-horizon, takes such runs in. The horizon is the earliest time at which a run of the comparison was given up.
+evaluation, as one that takes at least so long. The restricted mean, of the time up to a horizon, takes such runs in.
+The horizon is the earliest time at which a run of the comparison was given up, so that no time below it is unknown.
 
 Intervals are percentile bootstrap intervals over seeds (`scipy.stats.bootstrap`). With few seeds the percentile
 interval is too narrow. So its level is raised, as Hesterberg (2015, The American Statistician 69, 371-386) does, to the
@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import stats
 
-from pcpo_fast.study.frames import Array, Cell, Curve, Study, numbers
+from pcpo_fast.study.frames import Array, Cell, Curve, numbers
 from pcpo_fast.study.measures import QUALITY
 
 CONFIDENCE = 0.95
-# an interval over fewer seeds would say more than they can
+# an interval over fewer seeds would say more than they can, and so would a verdict
 MIN_SEEDS = 3
+VERDICT_SEEDS = 5
 RESAMPLES = 9999
 NOT_SIGNIFICANT = "not significant"
 
@@ -48,9 +48,10 @@ class Interval:
         return not (math.isnan(self.low) or math.isnan(self.high))
 
     def verdict(self, more: str, less: str) -> str:
-        """`more` or `less` if the interval lies above or below 0, else that the estimate is not significant."""
-        if not self.known:
-            return f"n = {self.n}: no interval"
+        """`more` or `less` if the interval lies above or below 0, else that the estimate is not significant; with
+        fewer than five seeds, that they are too few to tell."""
+        if not self.known or self.n < VERDICT_SEEDS:
+            return f"n = {self.n}: too few to tell"
         return more if self.low > 0 else less if self.high < 0 else NOT_SIGNIFICANT
 
 
@@ -89,39 +90,20 @@ class Times:
         }
         return cls(time, {seed: place is not None for seed, place in places.items()})
 
-    def take(self, seeds: Sequence[int]) -> tuple[Array, NDArray[np.bool_]]:
-        """Times and whether each reached the target, in the order of `seeds`."""
-        return numbers(self.time[seed] for seed in seeds), np.array([self.reached[seed] for seed in seeds], bool)
-
     @property
     def censored(self) -> int:
         """Runs that never reach the target."""
         return sum(not reached for reached in self.reached.values())
 
     def mean(self, horizon: float) -> float:
-        """The restricted mean over all seeds."""
-        return restricted_mean(*self.take(sorted(self.time)), horizon)
+        """The restricted mean over all seeds: of min(time, horizon). Up to `horizon_of` no time is unknown."""
+        return finite_mean(np.minimum(numbers(self.time.values()), horizon))
 
 
 def horizon_of(*times: Times) -> float:
     """The earliest time at which a run that never reaches the target ended; without one, the largest time."""
     censored = [item.time[seed] for item in times for seed in item.time if not item.reached[seed]]
     return min(censored) if censored else max((time for item in times for time in item.time.values()), default=math.nan)
-
-
-def restricted_mean(time: Array, reached: NDArray[np.bool_], horizon: float) -> float:
-    """The mean of min(time, horizon): the area under the Kaplan-Meier curve up to `horizon`; NaN without times.
-
-    Args:
-        time: (N,) times to the target, or to the end of a run that never reached it.
-        reached: (N,) whether the target was reached.
-        horizon: where the area ends; at most the largest time, as the curve is not known beyond.
-    """
-    if not len(time) or not np.isfinite(time).all():
-        return math.nan
-    survival = stats.ecdf(stats.CensoredData.right_censored(time, ~reached)).sf
-    knots = np.concatenate([[0.0], np.clip(survival.quantiles, 0.0, horizon), [horizon]])
-    return float(np.sum(np.concatenate([[1.0], survival.probabilities]) * np.diff(knots)))
 
 
 def bootstrap(samples: Sequence[Array], statistic: Callable[..., Any]) -> Interval:
@@ -223,8 +205,7 @@ def gain_of(pair: tuple[Cell, Cell], target: float, unit: str) -> Gain:
     seeds = sorted(pair[0].curves.keys() & pair[1].curves.keys())
     both = [Times.of({seed: cell.curves[seed] for seed in seeds}, target, unit) for cell in pair]
     horizon = horizon_of(*both)
-    # up to the horizon nothing is censored, so the restricted mean is a plain mean
-    restricted = [np.minimum(times.take(seeds)[0], horizon) for times in both]
+    restricted = [np.minimum(numbers(times.time[seed] for seed in seeds), horizon) for times in both]
     gain = bootstrap(restricted, lambda theirs, ours, axis: np.mean(theirs, axis=axis) / np.mean(ours, axis=axis) - 1)
     return Gain(
         pair[0].algorithm,
@@ -243,22 +224,6 @@ def gain_of(pair: tuple[Cell, Cell], target: float, unit: str) -> Gain:
     )
 
 
-def gain_frame(study: Mapping[str, Any], unit: str = "epoch") -> pd.DataFrame:
-    """One row per task, algorithm, rates and target: restricted means and the gain with its interval.
-
-    The column `rates` is "best" or "equal": each algorithm at its best learning rate, or both at the same.
-    """
-    whole = Study.of(study)
-    rows = []
-    for task in whole.tasks:
-        for rates, pairs in {"best": whole.pairs_at_best(task), "equal": whole.pairs_at_equal_rates(task)}.items():
-            for pair in pairs:
-                for target in whole.targets(task):
-                    row = vars(gain_of(pair, target, unit)).copy()
-                    rows.append({"task": task, "rates": rates, **row, **vars(row.pop("gain"))})
-    return pd.DataFrame(rows).rename(columns={"estimate": "gain"})
-
-
 def quality_at(curves: Mapping[int, Curve], target: float, measure: str) -> dict[int, float]:
     """A measure of quality where each run first reaches `target`, by seed; runs that never do are left out."""
     places = {seed: position(curve["reward"], target) for seed, curve in curves.items()}
@@ -270,9 +235,7 @@ class Effect:
     """What an algorithm adds to a measure of quality at equal reward, by the mixed model."""
 
     algorithm: str
-    coefficient: float
-    low: float
-    high: float
+    coefficient: Interval
     p: float
 
 
@@ -290,7 +253,8 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     """Fits a measure of quality on reward and algorithm, as in the PCPO paper, to evaluations after epoch 0.
 
     The algorithm is coded against the baseline. Every seed has a random intercept, and so has every run within it,
-    since the evaluations of a run resemble each other. Where that does not converge, runs alone have one.
+    since the evaluations of a run resemble each other. Where that does not converge, runs alone have one. Intervals and
+    p are of Student's t with one degree of freedom less than there are seeds; Wald's normal ones would be too narrow.
     """
     # numbers, as the names of algorithms could be read as formulas
     order = [baseline, *(cell.algorithm for cell in cells if cell.algorithm != baseline)]
@@ -306,7 +270,8 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     present = sorted(set(frame["algorithm"]))
     if 0 not in present:
         return MixedModel(measure, "the baseline has no evaluations", ())
-    if len(present) < 2 or frame["seed"].nunique() < MIN_SEEDS:
+    seeds = frame["seed"].nunique()
+    if len(present) < 2 or seeds < MIN_SEEDS:
         return MixedModel(measure, "too few algorithms or seeds", ())
     if frame["quality"].nunique() < 2 or frame["reward"].nunique() < 2:
         return MixedModel(measure, "the measure or the reward does not vary", ())
@@ -322,14 +287,16 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
         if fit is not None:
             effects = []
             for code in present[1:]:
-                value, _, low, high, p = fit.loc[f"C(algorithm)[T.{code}]"].to_numpy(float).tolist()
-                effects.append(Effect(order[code], value * scale, low * scale, high * scale, p))
+                value, error = (fit.loc[f"C(algorithm)[T.{code}]"].to_numpy(float) * scale).tolist()
+                half = error * stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
+                interval = Interval(value, value - half, value + half, seeds)
+                effects.append(Effect(order[code], interval, float(2 * stats.t.sf(abs(value) / error, seeds - 1))))
             return MixedModel(measure, intercepts, tuple(effects))
     return MixedModel(measure, "did not converge", ())
 
 
 def _fit(frame: pd.DataFrame, groups: str, components: dict[str, str] | None) -> pd.DataFrame | None:
-    """Fixed effects of one mixed model, a row each, or None if it did not converge."""
+    """Coefficient and standard error of each fixed effect, a row each, or None if the model did not converge."""
     from statsmodels.formula.api import mixedlm
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -339,12 +306,9 @@ def _fit(frame: pd.DataFrame, groups: str, components: dict[str, str] | None) ->
                 "quality ~ reward + C(algorithm)", frame, groups=groups, re_formula="1", vc_formula=components
             )
             result = model.fit(reml=True, method=["lbfgs", "powell"])
-            interval = result.conf_int(alpha=1 - CONFIDENCE)
-            columns = (result.fe_params, result.bse_fe, interval[0], interval[1], result.pvalues)
-            fixed = pd.DataFrame(dict(zip(("coefficient", "error", "low", "high", "p"), columns, strict=True)))
+            fixed = pd.DataFrame({"coefficient": result.fe_params, "error": result.bse_fe})
         except (np.linalg.LinAlgError, ValueError):
             return None
-    fixed = fixed.loc[result.fe_params.index]
     good = result.converged and np.isfinite(fixed.to_numpy()).all() and (fixed["error"] > 0).all()
     return fixed if good else None
 

@@ -38,7 +38,7 @@ from pcpo_fast.study.statistics import (
 INTERVALS = (
     "Brackets are 95% bootstrap intervals over seeds, paired by seed; they are not adjusted for the number of "
     "comparisons. With few seeds they are narrow: of normal samples they hold the mean in 94% of cases with ten seeds, "
-    "91% with five, 75% with three. With fewer there is no interval."
+    "91% with five, 75% with three. Below five seeds there is no verdict, below three no interval."
 )
 EQUAL_RATES = (
     "At equal rates the sweep's own seeds stand in (marked *sweep*) where no other seeds were run at that rate."
@@ -78,7 +78,7 @@ def learning_rates(study: Study) -> str:
                     ]
                 )
         if not rows:
-            return ["No finished runs of the sweep."]
+            return []
         words = "any" if limit is None else f"at most {limit:g}"
         header = ["algorithm", "rate", "seeds", f"reward, Frechet distance {words}", "final reward", ""]
         return [grid(header, rows)]
@@ -126,7 +126,7 @@ def seconds(study: Study) -> str:
 
     def section(task: str) -> list[str]:
         rows = []
-        for pair in study.pairs_at_best(task):
+        for pair in study.pairs_with_baseline(task, "best"):
             for target in study.targets(task):
                 cells = [gain_of(pair, target, unit) for unit in ("seconds", "images")]
                 shown = [
@@ -186,11 +186,11 @@ def mixed_models(study: Study) -> str:
         "Linear mixed model, quality ~ reward + algorithm, each algorithm at its best learning rate, coded against the "
         "baseline, on all evaluations after epoch 0; random intercepts for every seed and every run within it, or for "
         "runs alone where that does not converge. The coefficient is what the algorithm adds at equal reward, with its "
-        "95% interval and Wald's p."
+        "95% interval and p, by Student's t."
     )
 
     def section(task: str) -> list[str]:
-        if not study.pairs_at_best(task):
+        if not study.pairs_with_baseline(task, "best"):
             return [absent(study, task)]
         rows = []
         for key in QUALITY:
@@ -198,8 +198,8 @@ def mixed_models(study: Study) -> str:
             if not found.effects:
                 rows.append([words(key), NONE, NONE, NONE, NONE, f"no fit: {found.intercepts}"])
             for effect in found.effects:
-                verdict = Interval(effect.coefficient, effect.low, effect.high, 0).verdict("more", "less")
-                coefficient = f"{signed(effect.coefficient)} [{signed(effect.low)}, {signed(effect.high)}]"
+                coefficient = signed(effect.coefficient.estimate) + bracket(effect.coefficient, signed)
+                verdict = effect.coefficient.verdict("more", "less")
                 p = "< 0.001" if effect.p < 0.001 else f"{effect.p:.3f}"
                 title = study.algorithm_title(effect.algorithm)
                 rows.append([words(key), title, coefficient, p, found.intercepts, verdict])
@@ -283,15 +283,15 @@ def both_rates(
     """The blocks of a task that compare algorithms at their best rates, then at equal ones."""
     blocks = []
     for words_, pairs in (
-        ("Each at its best learning rate:", study.pairs_at_best(task)),
-        ("At equal learning rates:", study.pairs_at_equal_rates(task)),
+        ("Each at its best learning rate:", study.pairs_with_baseline(task, "best")),
+        ("At equal learning rates:", study.pairs_with_baseline(task, "equal")),
     ):
         lines = rows(task, pairs)
         if lines:
             blocks += [words_, grid(header, lines)]
     if not blocks:
         return [absent(study, task)]
-    if not study.pairs_at_best(task):
+    if not study.pairs_with_baseline(task, "best"):
         return [absent(study, task, "at best learning rates"), *blocks]
     return [*waiting(study, task), *blocks]
 
