@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _announce(study, folder, resumed)
             status = study.run()
             if status > 128:
-                command = f"pcpo study {options.file} --output-dir {folder}"
+                command = shlex.join(["pcpo", "study", options.file, "--output-dir", str(folder)])
                 say(f"Stopped with {len(study.finished)} of {study.total} runs finished; go on with: {command}")
                 return status
             if study.failed or study.waiting:

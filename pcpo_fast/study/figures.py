@@ -224,7 +224,9 @@ def credit_map(study: Study, task: str) -> Figure | None:
     shades = -np.log(np.maximum(-rewards, scale.floor)) if scale.logarithmic else rewards
     image = axes.imshow(shades, cmap="cividis", aspect="auto", origin="lower")
     low, high = np.nanmin(shades), np.nanmax(shades)
-    flow = "flow" in str(study.tasks[task].get("preset", task))
+    settings = study.tasks[task].get("settings") or {}
+    flow = study.tasks[task].get("preset") == "digits-flow" and settings.get("sampler", "flow") == "flow"
+    # of Flow-SDE alone |output_coef| is proportional to the interval
     names = {(1.0, -1.0): "native", (0.0, 0.0): "constant", **({(1.0, 0.0): "zeta h"} if flow else {})}
     best = max(points, key=lambda point: last_reward(points[point]))
     for p, q in points:
