@@ -1,9 +1,9 @@
 """Checkpoints, complete at every moment.
 
 A checkpoint is a folder `epoch-000012` with the trained weights and their moving average if there is one (as diffusers
-reads them), the optimizer's tensors, the random states, the rest of the state as JSON, and a manifest with a checksum of
-each file. It is written to a temporary folder, flushed to the disk and renamed, so a run that is killed at any moment has
-a complete one. What is damaged afterwards is seen by its checksum, and the newest whole one is taken.
+reads them), the optimizer's tensors, the random states, the rest of the state as JSON, and a manifest with a checksum
+of each file. It is written to a temporary folder, flushed to the disk and renamed, so a run that is killed at any
+moment has a complete one. Damage that comes later is seen by the checksums, and the newest whole one is taken.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Checkpoints:
         state: dict[str, Any],
         random_state: dict[str, Any],
     ) -> dict[str, Any]:
-        """Writes a whole checkpoint, in the place of a damaged one if one is there. Returns what its JSON part holds."""
+        """Writes a whole checkpoint, in the place of a damaged one if one is there. Returns its JSON part."""
         from safetensors.torch import save_file
 
         partial = target.with_suffix(".partial")

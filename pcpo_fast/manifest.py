@@ -16,7 +16,8 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Notes size and checksum of every file in `folder`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
-    _write(folder, {path.relative_to(folder).as_posix(): [_checksum(path)] for path in files})
+    sums = {path.relative_to(folder).as_posix(): [_checksum(path)] for path in files}
+    (folder / MANIFEST).write_bytes(_json(sums))
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:
@@ -30,9 +31,9 @@ def replace_file(folder: Path, name: str, content: bytes) -> None:
         return
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     new = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    _write(folder, files | {name: [*files[name], new]})
+    write_atomically(folder / MANIFEST, _json(files | {name: [*files[name], new]}))
     write_atomically(folder / name, content)
-    _write(folder, files | {name: [new]})
+    write_atomically(folder / MANIFEST, _json(files | {name: [new]}))
 
 
 def find_damage(folder: Path) -> str | None:
@@ -53,14 +54,15 @@ def find_damage(folder: Path) -> str | None:
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except OSError as error:
-        return f"{error.filename or MANIFEST} cannot be read ({error.strerror})"
+        name = str(error.filename or folder / MANIFEST).removeprefix(f"{folder}/")
+        return f"{name} cannot be read ({error.strerror})"
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
         return f"{MANIFEST} is damaged"
     return None
 
 
-def _write(folder: Path, files: dict[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, (json.dumps(files, indent=1) + "\n").encode())
+def _json(files: dict[str, Any]) -> bytes:
+    return (json.dumps(files, indent=1) + "\n").encode()
 
 
 def _checksum(path: Path) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
         checkpoints = Checkpoints(folder, keep=1)
         save(checkpoints, 1, *before)
         try:
-            at_call(count, (checkpoint.__file__, files.__file__), die)
+            at_call(count, (checkpoint.__file__, files.__file__, manifest.__file__), die)
             save(checkpoints, 2, *after)
             break
         except Death:
@@ -180,7 +180,7 @@ def test_what_could_not_be_saved_may_be_saved_later(tmp_path, monkeypatch):
     checkpoints, (policy, optimizer) = Checkpoints(tmp_path, keep=1), make_state()
     with (
         monkeypatch.context() as patch,
-        pytest.raises(SettingError, match=r"epoch-000001 .*No space left.*: make room"),
+        pytest.raises(SettingError, match=r"000001 .*No space left.*: make room"),
     ):
         patch.setattr(checkpoint, "flush", full)
         save(checkpoints, 1, policy, optimizer)
@@ -214,7 +214,7 @@ def test_a_metrics_file_that_was_cut_off_is_repaired(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     resumed = Metrics(tmp_path, kept=4)
-    # of the first cut's last line the line break alone is lost
+    # the first cut takes nothing but a line break
     assert [record["epoch"] for record in resumed.records] == ([0, 1, 2, 3] if cut == 1 else [0, 1, 2])
     if cut > 1:
         resumed.write({"epoch": 3, "reward/mean": 1.0})
