@@ -133,7 +133,9 @@ def _owner(lock: Path) -> str:
     listing = " and ".join(sorted(holders, key=int))
     if noted in holders or not noted:
         return f"process {noted or listing}; {wait}"
-    return f"process {listing}, which run {noted} left behind when it ended; end it (kill {listing}) and try again"
+    return (
+        f"process {listing}, whose lock names process {noted}; end {listing} if a killed run left it behind, or {wait}"
+    )
 
 
 def _make_free_folder(name: str) -> Path:

@@ -153,8 +153,8 @@ def test_a_worker_that_a_killed_run_left_behind_is_named(tmp_path):
         with pytest.raises(SettingError) as error, run_folder(str(tmp_path), "name", resume=True):
             pass
     assert error.value.reason == (
-        f"{tmp_path} is in use by process {child}, which run {process.pid} left behind when it ended; "
-        f"end it (kill {child}) and try again"
+        f"{tmp_path} is in use by process {child}, whose lock names process {process.pid}; end {child} if a killed run "
+        "left it behind, or wait until it has finished, or give another folder"
     )
 
 
