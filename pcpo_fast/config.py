@@ -30,6 +30,8 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 
 # a float setting takes an int; nothing else is converted
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+# settings are shown in --help, where an escape code would reach the terminal
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # a list has another length than it needs, by the type of the error
 COUNTS = {"missing": "needs more values", "too_long": "needs fewer values"}
 
@@ -155,6 +157,8 @@ class DataSettings:
     A weight may follow, as in jpeg_compressibility=0.5."""
     eval_rewards: tuple[str, ...] = ("digit_accuracy",)
     """Rewards that are measured in evaluations and never trained on."""
+    reward_timeout: Positive | None = None
+    """Seconds that one reward may take for the images of an epoch or an evaluation; None means any time."""
 
     def check(self) -> None:
         if not self.rewards:
@@ -385,6 +389,8 @@ def _validate(group: type[Any], settings: dict[str, Any]) -> None:
     """Checks types and ranges of settings of one group."""
     types = get_type_hints(group, include_extras=True)
     for name, value in settings.items():
+        if any(CONTROL.search(str(part)) for part in (value if isinstance(value, tuple) else [value])):
+            raise SettingError(name, f"{_shown(value)} was given; it must not hold control characters")
         try:
             TypeAdapter(types[name], config=STRICT).validate_python(value)
         except ValidationError as error:

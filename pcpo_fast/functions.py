@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from pcpo_fast.errors import SettingError
+from pcpo_fast.errors import SettingError, describe_error
+from pcpo_fast.isolation import kept_globals
 
 
 def import_function(spec: str, setting: str) -> Callable[..., Any]:
@@ -24,18 +25,25 @@ def import_function(spec: str, setting: str) -> Callable[..., Any]:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+        with kept_globals():
+            module = importlib.import_module(module_name)
+            function = getattr(module, function_name, None)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            raise SettingError(
+                setting,
+                f"{spec!r} needs the module {error.name!r}, which cannot be imported; install it, or run from the "
+                "folder that holds it",
+            ) from error
         raise SettingError(
-            setting,
-            f"{spec!r} needs the module {error.name!r}, which cannot be imported; install it, or run from the folder "
-            "that holds it",
+            setting, f"the module {module_name!r} of {spec!r} cannot be imported: {describe_error(error)}"
         ) from error
-    except (Exception, SystemExit) as error:
-        raise SettingError(
-            setting, f"the module {module_name!r} of {spec!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
+    if function is None:
         raise SettingError(setting, f"{spec!r}: the module {module_name!r} has no function {function_name!r}")
+    if not callable(function):
+        raise SettingError(
+            setting, f"{spec!r} is a {type(function).__name__}, which cannot be called; name a function of the module"
+        )
     return function

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
+from pcpo_fast.terminal import say
 
 
 class Signals:
@@ -33,7 +33,7 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        tqdm.write(f"{signal.Signals(number).name}: saving, then exiting; a second one exits now, without saving")
+        say(f"{signal.Signals(number).name}: saving, then exiting; a second one exits now, without saving")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from pcpo_fast.metrics import Record
 from pcpo_fast.ops import PolicyLoss
 from pcpo_fast.samplers import StepTable
+from pcpo_fast.terminal import say
 
 # quantiles of the rewards over an epoch's images
 REWARD_QUANTILES = (0.1, 0.9)
@@ -19,9 +19,9 @@ REWARD_QUANTILES = (0.1, 0.9)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
-    """Mean, std and quantiles of the finite rewards, float32 (N,), how many are not finite, and the mean of each score
-    by name."""
+def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor], seconds: Mapping[str, float]) -> Record:
+    """Mean, std and quantiles of the finite rewards, float32 (N,), how many are not finite; and of each score by name
+    the mean, how many are not finite, and how long it took."""
     finite = rewards[rewards.isfinite()]
     return {
         "reward/mean": finite.mean().item(),
@@ -29,6 +29,8 @@ def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor]) -> Record:
         "reward/quantiles": finite.quantile(finite.new_tensor(REWARD_QUANTILES)).tolist(),
         "reward/not_finite": len(rewards) - len(finite),
         **{f"reward/{name}": finite_mean(score) for name, score in scores.items()},
+        **{f"reward/not_finite/{name}": int((~score.isfinite()).sum()) for name, score in scores.items()},
+        **{f"time/reward/{name}": value for name, value in seconds.items()},
     }
 
 
@@ -130,7 +132,7 @@ def _warn(table: StepTable, first_per_step: Sequence[float | None]) -> None:
         for timestep, value in zip(table.timesteps.tolist(), first_per_step, strict=True)
         if value
     )
-    tqdm.write(
+    say(
         "warning: before the first update the policy should equal the one that sampled, so its log-ratio should be 0; "
         "if the training forward pass differs from the rollout's, as with --compile, use --old-outputs recompute. "
         f"Largest |log-ratio| per timestep: {listing}"

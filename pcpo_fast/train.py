@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import RewardError, Rewards, RewardSet
+from pcpo_fast.rewards import REWARDS, RewardError, Rewards, RewardSet, reward_sets
 from pcpo_fast.run_folder import run_folder, saved_settings
+from pcpo_fast.terminal import one_line, printable, say
 from pcpo_fast.trainer import Trainer
 from pcpo_fast.windows import WindowSchedule
 
@@ -28,12 +30,15 @@ DanceGRPO or Flow-GRPO with --objective ppo --credit native. The first argument 
 ({", ".join(PRESETS)}; digits by default), whose settings are the defaults shown here. The credit of all, and the
 learning rates and epochs of digits and digits-flow, are what `pcpo study evidence` found best. --config FILE reads
 settings from a JSON or YAML file, such as another run's config.json; it overrides the preset, and the command line
-overrides both."""
+overrides both. Functions of your own (module:function) that come from such a file, or from the run that is resumed, are
+imported only if the command line names them, too, or has --trust-rewards."""
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 # settings that a resumed run cannot change
 KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")
+# settings that may name functions of the user's own, as module:function
+OWN = ("rewards", "eval_rewards", "sampler")
 # dynamo recompiles: block kinds x latent shapes x {grad, no grad}, with headroom
 RECOMPILE_LIMIT = 64
 
@@ -42,7 +47,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     """The preset's name and the resolved settings of a command line.
 
     Raises:
-        SettingError: for settings that cannot be run.
+        SettingError: for settings that cannot be run, and for functions of the user's own that the command line does
+            not name.
         SystemExit: after --help, and for flags that do not exist.
     """
     import tyro
@@ -55,14 +61,19 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     # these decide the defaults of all other settings
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
+    # no setting: a file cannot give it
+    early.add_argument("--trust-rewards", "--trust_rewards", action="store_true")
     file, rest = early.parse_known_args(rest)
     early.add_argument("--output-dir", "--output_dir")
     early.add_argument("--resume", action=argparse.BooleanOptionalAction)
-    peeked, _ = early.parse_known_args(rest)
+    for name in OWN:
+        early.add_argument(f"--{name.replace('_', '-')}", f"--{name}", nargs="*", default=argparse.SUPPRESS)
+    peeked = vars(early.parse_known_args(rest)[0])
 
     given = {} if file.config is None else read_config(file.config)
-    given |= {name: value for name, value in vars(peeked).items() if name != "config" and value is not None}
+    given |= {name: peeked[name] for name in ("output_dir", "resume") if peeked[name] is not None}
     default, saved = PRESETS[preset], {}
+    builtin = default.data
     if given.get("resume") and given.get("output_dir") is not None:
         saved = saved_settings(Path(given["output_dir"]).expanduser())
     models = [known.model.model for known in PRESETS.values() if named]
@@ -80,17 +91,38 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
         args=rest,
         default=default,
     )
+    if not file.trust_rewards:
+        _check_trust(config, [spec for name in OWN for spec in peeked.get(name, ())])
+    if config.data.prompts != builtin.prompts and "eval_rewards" not in peeked.keys() | given.keys() | saved.keys():
+        # they belong to the preset's prompts
+        config = config.replace(eval_rewards=())
     for name in KEPT:
-        given = config.flat()[name]
-        if saved.get(name, given) != given:
+        kept = config.flat()[name]
+        if saved.get(name, kept) != kept:
             folder = config.run.output_dir
             moved = f"; if it is the same model in another place, write that into {folder}/config.json"
             raise SettingError(
                 name,
-                f"{given!r} was given, and the checkpoints in {folder} depend on {saved[name]!r}; leave the setting "
+                f"{kept!r} was given, and the checkpoints in {folder} depend on {saved[name]!r}; leave the setting "
                 "out, or start another run" + (moved if name == "model" else ""),
             )
     return preset, config.resolved()
+
+
+def _check_trust(config: Config, named: Sequence[str]) -> None:
+    """Refuses functions of the user's own that are not `named`: importing one runs a program."""
+    known = {spec.partition("=")[0] for spec in named}
+    for name in OWN:
+        value = config.flat()[name]
+        specs = value if isinstance(value, tuple) else (value or "",)
+        for function in (spec.partition("=")[0] for spec in specs):
+            if ":" in function and function not in REWARDS and function not in known:
+                flag = name.replace("_", "-")
+                raise SettingError(
+                    name,
+                    f"{function!r} comes from a file, and to import it is to run that program; if you trust it, name "
+                    f"it on the command line (--{flag} {shlex.join(specs)}), or add --trust-rewards",
+                )
 
 
 def check(config: Config, rewards: Rewards | None = None) -> ModelSource:
@@ -132,12 +164,15 @@ def make_trainer(
     if source is None:
         source = check(config, rewards)
     _set_globals(config)
+    # before the weights are read, and after the process is set up for the same bits every time
+    _try_out(config, source, rewards)
     policy = source.load(decode_batch=config.run.micro_batch_size, keep_reference=config.loss.kl_weight > 0)
     return kind(config, policy, Path(config.run.output_dir).expanduser(), rewards)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line. Returns 0, or 2 for input that cannot be run, or 128 + n after signal n."""
+    """Runs a command line. Returns 0, or 2 for input that cannot be run and rewards that fail, or 128 + n after signal
+    n."""
     with contextlib.ExitStack() as stack:
         try:
             preset, config = parse(sys.argv[1:] if arguments is None else arguments)
@@ -146,6 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             trainer = make_trainer(config.replace(output_dir=str(folder)), source=source)
         except SettingError as error:
             return _complain(error)
+        data = PRESETS[preset].data
+        if config.data.prompts != data.prompts and data.eval_rewards and not config.data.eval_rewards:
+            names = " ".join(data.eval_rewards)
+            say(f"with prompts of your own {names} is left out; --eval-rewards {names} measures it")
         _announce(trainer)
         try:
             received = trainer.train()
@@ -155,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status == 0:
             _report(trainer)
         else:
-            print(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
+            say(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
         return status
 
 
@@ -164,9 +203,15 @@ def _complain(error: RewardError | SettingError) -> int:
     text = str(error)
     if isinstance(error, SettingError):
         text = f"{error.name if error.name == 'preset' else '--' + error.name.replace('_', '-')}: {error.reason}"
-    # some reasons quote other libraries, which write several lines
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    say(f"error: {one_line(text)}", error=True)
     return 2
+
+
+def _try_out(config: Config, source: ModelSource, rewards: Rewards | None) -> None:
+    """Calls every reward once, so that one which fails does so before the model is loaded. There is no time limit: a
+    reward may load a model at its first call."""
+    for functions in reward_sets(config.data, rewards):
+        functions.try_out(load_prompts(config.data.prompts), source.side, source.device)
 
 
 def _set_globals(config: Config) -> None:
@@ -194,43 +239,54 @@ def _announce(trainer: Trainer) -> None:
     config, policy = trainer.config, trainer.policy
     parameters = sum(parameter.numel() for parameter in policy.trainable_parameters())
     start = f"from the checkpoint of epoch {trainer.epoch}" if trainer.epoch else "from the beginning"
-    print(
+    say(
         f"{config.model.model} on {policy.device}, {config.model.dtype}, {config.model.tuning} ({parameters:,} trained "
         f"parameters), objective {config.loss.objective}, credit {config.sampler.credit}, rewards "
-        f"{', '.join(trainer.rewards.rewards)}\n"
-        f"{config.run.epochs} epochs of {config.run.samples_per_epoch} images, {start}; run folder {trainer.folder}"
+        f"{', '.join(trainer.rewards.rewards)}; also measured: {', '.join(trainer.eval_rewards.rewards) or 'nothing'}",
+        f"{config.run.epochs} epochs of {config.run.samples_per_epoch} images, {start}; run folder {trainer.folder}",
     )
 
 
 def _report(trainer: Trainer) -> None:
     """Prints what the run changed."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    records = [record for record in trainer.metrics.records if "eval/reward" in record]
+    metrics = trainer.metrics
+    records = [record for record in metrics.records if "eval/reward" in record]
     # only where the metrics file was damaged
     if not records or records[0]["epoch"]:
-        print(f"the evaluation before training is lost from {trainer.metrics.path}; weights: {trainer.folder}")
+        say(f"the evaluation before training is lost from {metrics.path}; weights: {trainer.folder}")
         return
     before, after = records[0], records[-1]
     table = Table(title=f"{trainer.config.run.eval_samples} images with the same seeds, before and after")
-    for heading in ("", "before", "after"):
+    for heading in ("", "before", "after", "seconds per call"):
         table.add_column(heading, justify="left" if not heading else "right")
     # a resumed run may have other rewards
-    for key in [key for key in after if key.startswith("eval/") and key in before]:
-        values = (record[key] for record in (before, after))
+    for name in [key.removeprefix("eval/") for key in after if key.startswith("eval/") and key in before]:
+        values = (record[f"eval/{name}"] for record in (before, after))
+        # the sum of all rewards is no call of its own
+        seconds = metrics.series(f"time/reward/{name}")[1] or metrics.series(f"time/eval/{name}")[1]
         table.add_row(
-            key.removeprefix("eval/"), *("none finite" if value is None else f"{value:.3f}" for value in values)
+            escape(printable(name)),
+            *("none finite" if value is None else f"{value:.3f}" for value in values),
+            f"{sum(seconds) / len(seconds):.2f}" if seconds else "",
         )
     Console().print(table)
-    _, rates = trainer.metrics.series("time/images_per_second")
-    skipped = sum(trainer.metrics.series("update/skipped_steps")[1])
-    not_finite = sum(trainer.metrics.series("reward/not_finite")[1])
+    _, rates = metrics.series("time/images_per_second")
+    skipped = sum(metrics.series("update/skipped_steps")[1])
+    not_finite = sum(metrics.series("reward/not_finite")[1])
     if skipped or not_finite:
-        print(f"excluded: {not_finite} images without a finite reward, {skipped} updates without a finite gradient")
+        counts = {name: sum(metrics.series(f"reward/not_finite/{name}")[1]) for name in trainer.rewards.rewards}
+        of_each = "".join(f", {count} of {name}" for name, count in counts.items() if count)
+        say(
+            f"excluded: {not_finite} images without a finite reward{of_each}, {skipped} updates without a finite "
+            "gradient"
+        )
     if rates:
-        print(f"{sum(rates) / len(rates):.1f} images per second, sampled, scored and trained on")
-    print(f"pictures, curves and weights: {trainer.folder}")
+        say(f"{sum(rates) / len(rates):.1f} images per second, sampled, scored and trained on")
+    say(f"pictures, curves and weights: {trainer.folder}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.pictures import save_curves, save_samples
 from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import draw_prompts, load_prompts
-from pcpo_fast.rewards import RewardError, Rewards, RewardSet
+from pcpo_fast.rewards import Rewards, reward_sets
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
 from pcpo_fast.run_folder import save_settings, settings_of
 from pcpo_fast.samplers import StepTable, build_for_evaluation
@@ -55,6 +55,7 @@ from pcpo_fast.windows import WindowSchedule
 
 # evaluation draws its noise from global sample indices that no training run reaches
 EVAL_FIRST_INDEX = 2**36
+BAR_METRICS = ("reward/mean", "update/clip_fraction", "time/reward")
 
 
 class Trainer:
@@ -73,9 +74,7 @@ class Trainer:
         self.config = config = config.resolved()
         self.policy, self.folder = policy, folder
         self.prompts = load_prompts(config.data.prompts)
-        self.rewards = RewardSet(config.data.rewards if rewards is None else rewards)
-        held_out = [name for name in config.data.eval_rewards if name not in self.rewards.rewards]
-        self.eval_rewards = RewardSet(held_out, setting="eval_rewards")
+        self.rewards, self.eval_rewards = reward_sets(config.data, rewards, timeout=config.data.reward_timeout)
         self.windows = WindowSchedule(config, policy.schedule(), policy.device)
         self.eval_table = build_for_evaluation(config.sampler, policy.schedule()).to(policy.device)
         if config.model.release_text_encoders:
@@ -112,7 +111,7 @@ class Trainer:
                     self.metrics.write(record)
                     self._finish_epoch(signals.stop)
                 bar.update()
-                bar.set_postfix({key: f"{record[key]:.3f}" for key in ("reward/mean", "update/clip_fraction")})
+                bar.set_postfix({key: f"{record[key]:.3f}" for key in BAR_METRICS})
             self._save(get_random_state())
         self.metrics.close()
         return signals.received
@@ -122,7 +121,7 @@ class Trainer:
 
         Raises:
             Interrupted: as soon as `stop()` is true.
-            RewardError: if no image has a finite reward.
+            RewardError: if a reward fails, or no image has a finite one.
         """
         config, epoch, started = self.config, self.epoch + 1, time.perf_counter()
         # different for every (seed, epoch)
@@ -134,16 +133,13 @@ class Trainer:
         sampled = time.perf_counter()
         images = self.policy.decode(trajectory.latents)
         with record_function("reward"):
-            rewards, scores = self.rewards(images, prompts)
+            rewards, scores = self.rewards(images, prompts, seed=generator.initial_seed())
         # excluded samples get advantage 0; non-finite rows were replaced, so no NaN
         rewards[~complete] = math.nan
-        if not rewards.isfinite().any():
-            raise RewardError(
-                f"every reward of epoch {epoch} is NaN or infinite ({', '.join(scores)}); look at the reward, or at "
-                f"the images: the policy may have diverged (learning_rate {config.learning_rate})"
-            )
-        record = {"epoch": epoch, **reward_summary(rewards, scores), "time/rollout": sampled - started}
-        record["time/reward"] = time.perf_counter() - sampled
+        peers = config.run.group_size if config.loss.advantage == "group" else len(prompts)
+        self.rewards.check(rewards, scores, epoch, peers)
+        record = {"epoch": epoch, **reward_summary(rewards, scores, self.rewards.seconds)}
+        record |= {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
         tracker = copy.deepcopy(self.advantages)
         advantages = tracker(rewards, prompts, config.run.group_size).to(self.policy.device)
         return Batch(trajectory, advantages, generator, record, tracker)
@@ -212,7 +208,8 @@ class Trainer:
         """The numbers of an evaluation, for float images (N, 3, H, W) in [0, 1]; a subclass can add its own."""
         total, scores = self.rewards(images, prompts)
         scores |= self.eval_rewards(images, prompts)[1]
-        return {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
+        record = {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
+        return record | {f"time/eval/{key}": s for key, s in (self.rewards.seconds | self.eval_rewards.seconds).items()}
 
     def _sample(
         self, prompts: list[str], table: StepTable, first_index: int, stop: Callable[[], bool], record: bool = True

@@ -9,6 +9,7 @@ ALGORITHMS = {
     "hinge": {"title": "log-hinge alone", "credit": "native"},
     "constant": {"title": "constant credit", "credit": "constant"},
     "slow": {"title": "paper's credit", "credit": "proportionate"},
+    "listed": {"title": "a weight per step", "credit": [1.0] * 9 + [0.0]},
 }
 GRID = {f"map {p} {q}": {"title": f"map {p} {q}", "credit_powers": [p, q]} for p in (0, 1) for q in (-1, 1)} | {
     "map 1 0": {"title": "map 1 0", "credit_powers": [1, 0]}

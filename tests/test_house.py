@@ -108,6 +108,23 @@ def test_comments_are_sentences(path):
     assert fragments == []
 
 
+# the demo's builder, and the command that also runs where tqdm is missing and prints nothing but repr()
+PRINTING = ("terminal.py", "pcpo_fast/__main__.py", "digits/build.py", "digits/training.py")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=name)
+def test_messages_go_through_one_function(path):
+    """It keeps escape codes from the terminal."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert path.as_posix().endswith(PRINTING) or not calls & {
+        "print",
+        "tqdm.write",
+        "sys.stdout.write",
+        "sys.stderr.write",
+    }
+
+
 def test_the_public_names():
     wanted = {
         *("StepTable", "NoiseKey", "StoredStates", "Guidance", "Reference"),

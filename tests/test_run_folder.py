@@ -89,6 +89,8 @@ def test_a_tilde_is_the_home_folder(run, monkeypatch):
         folders.append(folder)
 
     class Source:
+        side, device = 32, "cpu"
+
         def load(self, **settings):
             return None
 

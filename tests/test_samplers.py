@@ -245,7 +245,7 @@ def test_a_log_probability_that_a_function_chose_is_kept(own):
         ("own_samplers:broken", {}, "sampler", "own_samplers:broken raised AttributeError: .*nowhere"),
         ("own_samplers:picky", {}, "eta", "^eta: is not for this sampler$"),
         ("own_samplers:missing", {}, "sampler", "the module 'own_samplers' has no function 'missing'"),
-        ("own_samplers:number", {}, "sampler", "the module 'own_samplers' has no function 'number'"),
+        ("own_samplers:number", {}, "sampler", "'own_samplers:number' is a int, which cannot be called"),
         ("nowhere:noisy", {}, "sampler", "'nowhere:noisy' needs the module 'nowhere', .*run from the folder"),
         (
             "own_broken:noisy",

@@ -11,7 +11,8 @@ from pcpo_fast.config import Config, read_config, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import find_model
 from pcpo_fast.presets import PRESETS
-from pcpo_fast.study.plan import SHIPPED, best_learning_rate, credit_weights, make_plan, read_plan
+from pcpo_fast.study.measures import best_learning_rate
+from pcpo_fast.study.plan import SHIPPED, credit_weights, make_plan, read_plan
 
 TASK = {"preset": "digits-flow", "baseline": "grpo", "targets": [-0.4], "frechet_limit": 0.08}
 FILE = {

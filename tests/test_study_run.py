@@ -40,7 +40,7 @@ def prepared(folder, *, measured=True, **settings):
     prompts.write_text("the digit 3\nthe digit 7\n")
     config = PRESETS["digits-flow"].replace(**FEW | {"epochs": EPOCHS, "prompts": str(prompts)} | settings)
     flat = {name: value for name, value in config.flat().items() if name not in ("output_dir", "resume")}
-    (folder / run.PLAN).write_text(json.dumps({"settings": flat, "gradients": measured}))
+    (folder / run.SETTINGS).write_text(json.dumps({"settings": flat, "gradients": measured}))
     return folder
 
 

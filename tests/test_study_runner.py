@@ -23,8 +23,9 @@ from pcpo_fast.__main__ import main as pcpo
 from pcpo_fast.errors import SettingError
 from pcpo_fast.study import __main__ as command_line
 from pcpo_fast.study import runner
-from pcpo_fast.study.plan import best_learning_rate, make_plan
-from pcpo_fast.study.results import Results
+from pcpo_fast.study.measures import best_learning_rate
+from pcpo_fast.study.plan import make_plan
+from pcpo_fast.study.results import Results, prepare
 from pcpo_fast.study.runner import Study
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_study_run.py")))
@@ -194,6 +195,53 @@ def test_a_sweep_that_failed_leaves_its_best_rate_open(tmp_path):
     assert status == 1 and len(study.waiting) == 4 and len(study.failed) == 2
 
 
+def test_no_result_is_lost_by_a_second_start(plan, tmp_path):
+    """Runs that are repeated are missing from study.json until they have finished again."""
+    assert start(plan, tmp_path)[1] == 0
+    old = (tmp_path / "study.json").read_bytes()
+    for _ in range(2):
+        changed = Results(with_settings(clip_range=0.5), tmp_path)
+        study = Study(with_settings(clip_range=0.5), changed, command=FAKE)
+        changed.keep_replaced()
+        changed.save(study.runs)
+    assert (tmp_path / "study.old.json").read_bytes() == old and not (tmp_path / "study.old-2.json").exists()
+    # a part that is left out takes its results with it
+    assert start(plan, tmp_path)[1] == 0
+    fewer = make_plan("name", CONTENT | {"parts": {"equal": CONTENT["parts"]["equal"]}})
+    assert start(fewer, tmp_path)[1] == 0
+    assert len(json.loads((tmp_path / "study.old-2.json").read_text())["runs"]) == len(json.loads(old)["runs"])
+
+
+def test_a_folder_without_the_settings_of_its_run_is_emptied(plan, tmp_path):
+    """Its checkpoint may be of other settings."""
+    run = plan.runs()[0][0]
+    folder = tmp_path / "runs" / run.id
+    (folder / "checkpoints").mkdir(parents=True)
+    prepare(folder, run)
+    assert not (folder / "checkpoints").exists()
+    (folder / "checkpoints").mkdir()
+    prepare(folder, run)
+    assert (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("result", ["{}", '{"evaluations": 3}', '{"evaluations": [{}]}'])
+def test_what_is_no_result_is_not_taken(plan, tmp_path, result):
+    run = plan.runs()[0][0]
+    folder = tmp_path / "runs" / run.id
+    prepare(folder, run)
+    (folder / "result.json").write_text(result)
+    results = Results(plan, tmp_path)
+    results.take([run])
+    assert results.finished == {}
+
+
+@pytest.mark.parametrize("runs", [None, [{}], [{"task": "x"}], 3])
+def test_a_study_json_of_another_kind_is_refused(plan, tmp_path, runs):
+    (tmp_path / "study.json").write_text(json.dumps({"study": "name", "file": {}, "presets": {}, "runs": runs}))
+    with pytest.raises(SettingError, match="not as `pcpo study` writes it"):
+        Results(plan, tmp_path)
+
+
 def test_runs_without_the_gradients_that_are_asked_for_are_repeated(plan, tmp_path):
     assert start(plan, tmp_path)[1] == 0
     part = {"algorithms": ["constant"], "learning_rates": "best", "seeds": [0], "gradients": True}
@@ -352,7 +400,9 @@ def test_command_line_goes_on_and_says_so(study_file, capsys):
     study_file.write_text(json.dumps(content))
     assert pcpo(["study", "mine.yaml", "--report-only"]) == 1
     assert pcpo(["study", "mine.yaml"]) == 0
-    repeated = "made with other settings and are repeated: flow-grpo-0.0001-0, flow-grpo-0.0001-1\n"
+    repeated = (
+        "made with other settings, or without gradients, and are repeated: flow-grpo-0.0001-0, flow-grpo-0.0001-1\n"
+    )
     assert repeated in capsys.readouterr().out
 
 

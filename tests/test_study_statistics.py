@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 from synthetic_study import RATES, study
 
-from pcpo_fast.study.frames import Cell, Study, curve_of, evaluation_frame, reward_at_quality, run_frame
-from pcpo_fast.study.measures import QUALITY
+from pcpo_fast.study.frames import Cell, Study, curve_of, evaluation_frame, run_frame
+from pcpo_fast.study.measures import QUALITY, best_learning_rate, reward_at_quality
 from pcpo_fast.study.statistics import (
     NOT_SIGNIFICANT,
     Interval,
@@ -74,6 +74,21 @@ def test_the_restricted_mean_is_the_area_under_kaplan_meier():
     # up to the first censored time it is the plain mean
     assert restricted_mean(time, reached, 2.0) == pytest.approx(np.minimum(time, 2).mean())
     assert math.isnan(restricted_mean(np.array([]), np.array([], bool), 1.0))
+
+
+def test_a_verdict_does_not_go_beyond_what_a_bound_shows():
+    slow, fast = [[-1.0, -0.9, -0.3]] * 4, [[-1.0, -0.3, -0.2]] * 4
+    found = gain_of((cell([*slow, [-1.0, -0.9, -0.8]]), cell([*fast, fast[0]])), -0.4, "epoch")
+    assert (found.bound, found.verdict) == ("≥", "faster")
+    found = gain_of((cell([*slow, slow[0]]), cell([*fast, [-1.0, -0.9, -0.8]])), -0.4, "epoch")
+    assert found.bound == "≤" and "faster" not in found.verdict.removesuffix("faster up to the horizon")
+
+
+def test_runs_that_end_at_different_times_have_no_bound():
+    """The horizon is where the shorter run ended, so it cuts the time of the longer one, too."""
+    ours, baseline = cell([[-1.0, -0.9, -0.8, -0.2]] * 4), cell([[-1.0, -0.9]] * 4)
+    found = gain_of((baseline, ours), -0.4, "epoch")
+    assert found.cut and found.bound == "~" and found.gain.estimate == 0
 
 
 def test_intervals_are_the_same_every_time_and_degenerate_samples_do_no_harm():
@@ -227,13 +242,21 @@ def test_the_sweep_names_its_best_and_whether_it_is_at_the_edge(synthetic):
     rates = whole.sweep("digits", "constant")
     assert [rate.learning_rate for rate in rates] == list(RATES)
     assert [rate.place for rate in rates if rate.best] == ["inside the sweep"]
-    shorter = [run for run in synthetic["runs"] if run["learning_rate"] < 4e-4]
-    rates = Study.of({**synthetic, "runs": shorter}).sweep("digits", "constant")
+    shorter = {**synthetic, "runs": [run for run in synthetic["runs"] if run["learning_rate"] < 4e-4]}
+    # a sweep that has not finished chooses nothing
+    partial = Study.of(shorter)
+    assert not any(rate.best for rate in partial.sweep("digits", "constant"))
+    assert ("digits", "constant") not in partial.best and partial.best_cells("digits") == []
+    parts = synthetic["file"]["parts"]
+    shorter["file"] = {
+        **synthetic["file"],
+        "parts": parts | {"sweep": parts["sweep"] | {"learning_rates": [5e-5, 1e-4, 2e-4]}},
+    }
+    rates = Study.of(shorter).sweep("digits", "constant")
     assert [(rate.learning_rate, rate.place) for rate in rates if rate.best] == [(2e-4, "at the edge")]
 
 
 def test_the_best_rate_is_the_plans(synthetic):
-    plan = pytest.importorskip("pcpo_fast.study.plan")
     whole = Study.of(synthetic)
     for limit in (0.08, 0.05, 0.0):
         limited = {**synthetic["file"]["tasks"]["digits"], "frechet_limit": limit}
@@ -242,7 +265,7 @@ def test_the_best_rate_is_the_plans(synthetic):
             runs = [
                 run for run in whole.runs if (run["part"], run["task"], run["algorithm"]) == ("sweep", "digits", name)
             ]
-            assert other.best["digits", name] == plan.best_learning_rate(runs, limit)
+            assert other.best["digits", name] == best_learning_rate(runs, limit)
 
 
 def test_the_sweeps_runs_are_not_compared(synthetic):

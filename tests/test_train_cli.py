@@ -272,28 +272,39 @@ def fail():
 @pytest.mark.parametrize(
     ("file", "function", "count", "epoch"),
     [
-        # evaluation scores once, and so does an epoch
-        ("pcpo_fast/rewards/jpeg.py", "compressibility", 1, 0),
-        ("pcpo_fast/rewards/jpeg.py", "compressibility", 3, 1),
-        ("pcpo_fast/rewards/jpeg.py", "compressibility", 4, 2),
-        ("pcpo_fast/rewards/jpeg.py", "compressibility", 9, EPOCHS),
+        # a trial scores once before the run, and so do an evaluation and an epoch
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 1, None),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 2, 0),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 4, 1),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 5, 2),
+        ("pcpo_fast/rewards/jpeg.py", "compressibility", 10, EPOCHS),
         ("pcpo_fast/pictures.py", "save_curves", 1, 0),
         ("pcpo_fast/ops.py", "policy_loss", 1, None),
     ],
-    ids=["first evaluation", "epoch", "evaluation", "last evaluation", "curves", "update"],
+    ids=["trial", "first evaluation", "epoch", "evaluation", "last evaluation", "curves", "update"],
 )
-def test_an_error_costs_nothing_that_was_finished(long, whole, tmp_path, file, function, count, epoch):
-    """The checkpoint is of the last finished epoch; in the midst of an update there is none to be had."""
+def test_an_error_costs_nothing_that_was_finished(long, whole, tmp_path, capsys, file, function, count, epoch):
+    """The checkpoint is of the last finished epoch; in the midst of an update there is none to be had. An error of a
+    reward is one line."""
     run = tmp_path / "run"
     at_call(count, file, fail, function)
     try:
-        with pytest.raises(Fault):
-            main(long(run, checkpoint_every=100))
+        if function == "compressibility":
+            assert main(long(run, checkpoint_every=100)) == 2
+            assert re.search(
+                r"^error: .*'jpeg_compressibility' \(setting rewards\) failed: Fault \(test_train_cli.py, line \d+, in "
+                "fail",
+                capsys.readouterr().err,
+                re.MULTILINE,
+            )
+        else:
+            with pytest.raises(Fault):
+                main(long(run, checkpoint_every=100))
     finally:
         sys.setprofile(None)
     saved = [json.loads(path.read_text())["epoch"] for path in run.glob("checkpoints/*/state.json")]
     assert saved == ([] if epoch is None else [epoch])
-    assert main(long(run, resume=True)) == 0
+    assert main(long(run, **({"resume": True} if run.exists() else {}))) == 0
     assert_same_run(run, whole)
     assert_every_scalar_is_in_tensorboard_once(run)
 
@@ -408,14 +419,40 @@ def test_evaluating_more_often_changes_nothing_else(model, tmp_path, own_rewards
 def own_rewards(tmp_path, monkeypatch):
     """A module beside the user, with rewards of all kinds."""
     (tmp_path / "my_rewards.py").write_text(
-        "import math\n"
+        "import builtins, collections, math, sys, time\n"
         "import torch\n"
+        "calls = collections.Counter()\n"
         "def red(images, prompts): return images[:, 0].mean(dim=(1, 2))\n"
         "def nan(images, prompts): return [math.nan] * len(prompts)\n"
         "def one(images, prompts): return 1.0\n"
         "def noisy(images, prompts): return torch.rand(len(prompts))\n"
+        "def exits(images, prompts): sys.exit(0)\n"
+        # an epoch has four images, an evaluation and the trial have two
+        "def leaves(images, prompts):\n"
+        "    calls['leaves'] += len(prompts) == 4\n"
+        "    if calls['leaves'] == 2: sys.exit(0)\n"
+        "    return red(images, prompts)\n"
+        "def late(images, prompts):\n"
+        "    calls['late'] += len(prompts) == 4\n"
+        "    if calls['late'] == 3: {}['score']\n"
+        "    return red(images, prompts)\n"
+        "def sees(images, prompts):\n"
+        "    builtins.my_rewards_seen.append((tuple(images.shape), list(prompts)))\n"
+        "    return red(images, prompts)\n"
+        "def slow(images, prompts):\n"
+        "    time.sleep(0.1)\n"
+        "    return [1.0] * len(prompts)\n"
+        "def half(images, prompts): return [math.nan, *range(len(prompts) // 2 - 1)] * 2\n"
+        "def hangs(images, prompts):\n"
+        "    calls['hangs'] += 1\n"
+        "    time.sleep({1: 0.5, 3: 60}.get(calls['hangs'], 0))\n"
+        "    return red(images, prompts)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    # another test may have had a module of this name, in another folder
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    yield
+    sys.modules.pop("my_rewards", None)
 
 
 def test_a_reward_of_the_users_own(model, tmp_path, own_rewards):
@@ -428,20 +465,105 @@ def test_a_reward_of_the_users_own(model, tmp_path, own_rewards):
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"),
+    ("reward", "message", "epoch"),
     [
-        ("my_rewards:nan", "every reward of epoch 1 is NaN or infinite"),
-        ("my_rewards:one", "returned shape"),
-        ("digit_alignment", "names no digit: write exactly one"),
+        ("nan", "every reward of epoch 1 is NaN or infinite", 0),
+        (
+            "leaves",
+            r"'my_rewards:leaves' \(setting rewards\) failed: SystemExit: 0 \(my_rewards.py, line \d+, in leaves",
+            1,
+        ),
+        (
+            "late",
+            r"'my_rewards:late' \(setting rewards\) failed: KeyError: 'score' \(my_rewards.py, line \d+, in late",
+            2,
+        ),
     ],
 )
-def test_rewards_that_fail_are_named(model, tmp_path, own_rewards, capsys, reward, message):
-    """And the run can go on, with another reward say."""
+def test_rewards_that_fail_in_the_run_are_named(model, tmp_path, own_rewards, capfd, reward, message, epoch):
+    """In one line; and the run can go on, with another reward say. A call to sys.exit is a failure like any other."""
     run = tmp_path / "run"
-    assert main(command(model, run, rewards=(reward,))) == 2
-    output = capsys.readouterr()
-    assert re.search("error: .*" + message, output.err)
-    assert f"Stopped after epoch 0; continue with --output-dir {run} --resume" in output.out
+    assert main(command(model, run, rewards=(f"my_rewards:{reward}",), epochs=3, checkpoint_every=100)) == 2
+    output = capfd.readouterr()
+    (error,) = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert re.search(message, error)
+    assert "Traceback" not in output.err
+    assert f"Stopped after epoch {epoch}; continue with --output-dir {run} --resume" in output.out
+    assert [record["epoch"] for record in records(run)][-1] == epoch
+    assert main(["--output-dir", str(run), "--resume", "--rewards", "my_rewards:red"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "reward", "message"),
+    [
+        (
+            "rewards",
+            "my_rewards:one",
+            r"\(setting rewards\): returned shape \(\) for 2 images; it must return one number",
+        ),
+        (
+            "eval_rewards",
+            "digit_accuracy",
+            r"\(setting eval_rewards\): the prompt '\w+' names no digit: write exactly one",
+        ),
+        ("rewards", "my_rewards:exits", r"failed: SystemExit: 0 \(my_rewards.py, line \d+, in exits\)"),
+    ],
+)
+def test_rewards_are_tried_out_before_the_model_is_loaded(
+    model, tmp_path, own_rewards, no_weights, capsys, setting, reward, message
+):
+    assert main(command(model, tmp_path / "run", **{setting: (reward,)})) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^error: --{setting.replace('_', '-')}: the reward '{reward}' .*{message}", error)
+    assert "This was a trial before the run, on two images" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_trial_has_the_runs_prompts_and_size_and_changes_no_number(model, tmp_path, own_rewards, monkeypatch):
+    """A reward that draws random numbers draws the same ones in a run without a trial."""
+    rewards, seen = ("my_rewards:noisy", "my_rewards:sees"), []
+    monkeypatch.setattr("builtins.my_rewards_seen", seen, raising=False)
+    assert main(command(model, tmp_path / "tried", rewards=rewards)) == 0
+    assert seen[0] == ((2, 3, 64, 64), ["cat", "dog"])
+    monkeypatch.setattr(train, "_try_out", lambda *arguments: None)
+    assert main(command(model, tmp_path / "not", rewards=rewards)) == 0
+    assert records(tmp_path / "tried") == records(tmp_path / "not")
+    # other noise in every epoch
+    first, second = records(tmp_path / "tried")[1:3]
+    assert first["reward/my_rewards:noisy"] != second["reward/my_rewards:noisy"]
+
+
+def test_rewards_are_timed_and_counted(model, tmp_path, own_rewards, capfd):
+    run = tmp_path / "run"
+    assert main(command(model, run, rewards=("my_rewards:slow", "my_rewards:half=2"))) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in lines[1:3]:
+        assert 0.1 <= record["time/reward/my_rewards:slow"] <= record["time/reward"]
+        assert record["time/reward/my_rewards:half"] < 0.1
+        assert record["reward/not_finite"] == record["reward/not_finite/my_rewards:half"] == 2
+        assert record["reward/not_finite/my_rewards:slow"] == 0
+    for record in (lines[0], lines[-1]):
+        assert record["time/eval/my_rewards:slow"] >= 0.1
+        assert "time/eval/jpeg_incompressibility" in record
+    output = capfd.readouterr()
+    assert re.search(r"my_rewards:slow +│ +1.000 +│ +1.000 +│ +0\.1\d", output.out)
+    assert "excluded: 4 images without a finite reward, 4 of my_rewards:half, 0 updates" in output.out
+    assert "time/reward=0.1" in output.err
+    # said once
+    warning = "warning: the reward 'my_rewards:slow' gave all images that are compared with one another the same score"
+    assert output.out.count(warning) == 1
+
+
+def test_a_reward_that_takes_too_long_ends_the_run(model, tmp_path, own_rewards, capfd):
+    """It is saved, and goes on with more time. The trial, in which a reward may load a model, is not timed."""
+    run = tmp_path / "run"
+    started = time.monotonic()
+    assert main(command(model, run, rewards=("my_rewards:hangs",), reward_timeout=0.2)) == 2
+    assert time.monotonic() - started < 30
+    message = (
+        "'my_rewards:hangs' .* took more than the 0.2 seconds of reward_timeout; raise it, or make the reward faster"
+    )
+    assert re.search(message, capfd.readouterr().err)
     assert main(["--output-dir", str(run), "--resume", "--rewards", "my_rewards:red"]) == 0
 
 

@@ -549,7 +549,8 @@ def test_evaluation_repeats_itself_and_does_not_train_on_its_noise(model, tmp_pa
 
     monkeypatch.setattr(trainer, "engine", watched)
     first, second = trainer.evaluate("before"), trainer.evaluate("after")
-    assert first == second
+    assert first.keys() == second.keys()
+    assert all(first[key] == second[key] for key in first if not key.startswith("time/"))
     assert (tmp_path / "samples_before.png").read_bytes() == (tmp_path / "samples_after.png").read_bytes()
     one_epoch(trainer)
     # proportionate credit changes the variance of DDIM

@@ -195,6 +195,16 @@ class ModelSource:
     _denoiser_config: Mapping[str, Any]
     _vae_scale_factor: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the policy will be."""
+        return find_device(self.settings.device)
+
+    @property
+    def side(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.settings.resolution or self.policy_class.default_side(self._denoiser_config, self._vae_scale_factor)
+
     def schedule(self) -> Schedule:
         """The schedule that the policy will have; reads the scheduler's configuration."""
         import diffusers

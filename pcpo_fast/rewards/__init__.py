@@ -1,7 +1,8 @@
 """Rewards: functions of (images, prompts) that return one score per image.
 
-images: float tensor (N, 3, H, W) in [0, 1]; prompts: N strings; the result: (N,) numbers, higher is better. A score
-that is not finite marks an image that could not be scored: the trainer leaves it out and counts it.
+images: float tensor (N, 3, H, W) in [0, 1]; prompts: N strings; the result: (N,) numbers, higher is better, or a pair
+of them and anything else. A reward with a third parameter also gets the prompts' metadata: N dicts. A score that is not
+finite marks an image that could not be scored: the trainer leaves it out and counts it.
 
 An image that is not finite itself scores NaN, whatever a reward returns for it; the reward sees 0 in the place of each
 value that is not finite.
@@ -9,18 +10,26 @@ value that is not finite.
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcpo_fast.errors import SettingError
+from pcpo_fast.config import DataSettings
+from pcpo_fast.errors import SettingError, describe_error
 from pcpo_fast.functions import import_function
+from pcpo_fast.isolation import OutOfTime, kept_globals, seed_generators, time_limit
+from pcpo_fast.rewards.scores import to_scores
+from pcpo_fast.terminal import say
 
-Reward = Callable[[Tensor, Sequence[str]], Any]
+# a function (images, prompts) or (images, prompts, metadata)
+Reward = Callable[..., Any]
 # functions by name, with a weight where it is not 1
 Rewards = Mapping[str, Reward | tuple[Reward, float]]
 
@@ -30,6 +39,8 @@ REWARDS = {
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:incompressibility",
 }
+# names of the metrics of all rewards together
+RESERVED = {"mean", "std", "quantiles", "not_finite", "reward"}
 
 
 class RewardError(ValueError):
@@ -41,17 +52,29 @@ class RewardSet:
 
     Args:
         rewards: a sequence of specs, each a `name`, `module:function`, or one of them followed by `=weight`; or a
-            mapping from names to functions, or to pairs (function, weight). The weight is 1 where none is given.
+            mapping from names to functions, or to pairs (function, weight). The weight is 1 where none is given. A
+            class is built without arguments, once in a process, and its object is the function.
         setting: the setting that the rewards come from, for error messages.
+        timeout: seconds that one call of a reward may take; None for any time.
+
+    Attributes:
+        rewards: functions and weights, by name.
+        seconds: how long each reward took in the last call, by name.
 
     Raises:
-        SettingError: for an unknown name, a module or function that is not there, a function that does not take
-            (images, prompts), a weight that is not a finite number, or a reward that is named twice.
+        SettingError: for an unknown name, a module or function that is not there, a function that takes neither
+            (images, prompts) nor (images, prompts, metadata), a class that cannot be built, a weight that is not a
+            finite number, or a reward that is named twice.
     """
 
-    def __init__(self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards") -> None:
-        self.setting = setting
+    def __init__(
+        self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards", timeout: float | None = None
+    ) -> None:
+        self.setting, self.timeout = setting, timeout
         self.rewards: dict[str, tuple[Reward, float]] = {}
+        self.seconds: dict[str, float] = {}
+        # rewards of which it was said that they do not tell images apart
+        self._constant: set[str] = set()
         if isinstance(rewards, str):
             raise SettingError(setting, f"{rewards!r} is a single string; give a list of rewards")
         given: list[tuple[str, Any]] = []
@@ -68,45 +91,126 @@ class RewardSet:
                 raise SettingError(setting, f"{name!r} is given as {value!r}; give a function, or (function, weight)")
             if name in self.rewards:
                 raise SettingError(setting, f"the reward {name!r} is named twice; give it once, with its weight")
+            if name in RESERVED:
+                raise SettingError(setting, f"the metrics have a number {name!r} already; give the reward another name")
             if not math.isfinite(weight):
                 raise SettingError(
                     setting, f"the reward {name!r} has a weight that is not a finite number; write {name}=0.5, say"
                 )
-            _check_signature(name, reward, setting)
+            _of_three(name, reward, setting)
             self.rewards[name] = reward, float(weight)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        seed: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, float32 (N,) on the CPU, and each reward's own scores by name.
 
+        Args:
+            images: float (N, 3, H, W) in [0, 1].
+            prompts: N strings.
+            metadata: N dicts of what else is known about the prompts; None for empty ones.
+            seed: of the random generators that each reward finds.
+
         Raises:
-            RewardError: if a reward does not return one number per image; it names the reward.
+            RewardError: if a reward fails, takes too long, or does not return one number per image; it names the
+                reward.
         """
         finite = images.isfinite().flatten(1).all(dim=1).cpu()
+        metadata = [{} for _ in prompts] if metadata is None else metadata
         scores = {}
         for name, (reward, _) in self.rewards.items():
+            started = time.perf_counter()
             # each has copies of its own, which it may write into
-            try:
-                result = reward(images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts))
-            except RewardError as error:
-                raise RewardError(f"the reward {name!r} (setting {self.setting}): {error}") from error
-            try:
-                score = torch.as_tensor(result).to("cpu", torch.float32)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise RewardError(
-                    f"the reward {name!r} returned a {type(result).__name__} that cannot be made a tensor of numbers "
-                    f"({error}); it must return one number per image"
-                ) from error
-            if score.shape != (len(prompts),):
-                raise RewardError(
-                    f"the reward {name!r} returned shape {tuple(score.shape)} for {len(images)} images and "
-                    f"{len(prompts)} prompts; it must return one number per image"
-                )
-            scores[name] = score.where(finite, math.nan)
+            inputs = images.nan_to_num(nan=0, posinf=0, neginf=0), list(prompts), copy.deepcopy(list(metadata))
+            function = _of_three(name, reward, self.setting)
+            scores[name] = self._score(name, function, inputs, seed).where(finite, math.nan)
+            self.seconds[name] = time.perf_counter() - started
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]
         return total, scores
+
+    def try_out(self, prompts: Sequence[str], side: int, device: torch.device) -> None:
+        """Calls every reward once, on two images of noise with the first prompts.
+
+        Raises:
+            SettingError: if a reward cannot score them.
+        """
+        images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            self(images, (list(prompts) * 2)[:2])
+        except RewardError as error:
+            raise SettingError(self.setting, f"{error}. This was a trial before the run, on two images") from error
+
+    def check(self, rewards: Tensor, scores: Mapping[str, Tensor], epoch: int, peers: int) -> None:
+        """Says, once, which rewards tell no image from the `peers` - 1 others that it is compared with.
+
+        Raises:
+            RewardError: if no reward of the epoch is finite.
+        """
+        if not rewards.isfinite().any():
+            raise RewardError(
+                f"every reward of epoch {epoch} is NaN or infinite ({', '.join(scores)}); look at the reward, or at "
+                "the images: the policy may have diverged at this learning_rate"
+            )
+        for name, score in scores.items():
+            groups = [group[group.isfinite()] for group in score.split(peers)]
+            if name not in self._constant and all((group == group[:1]).all() for group in groups):
+                self._constant.add(name)
+                say(
+                    f"warning: the reward {name!r} gave all images that are compared with one another the same score "
+                    f"in epoch {epoch}; there it teaches nothing"
+                )
+
+    def _score(self, name: str, reward: Reward, inputs: Sequence[Any], seed: int) -> Tensor:
+        what, started = f"the reward {name!r} (setting {self.setting})", time.perf_counter()
+        late = (
+            f"{what} took more than the {self.timeout} seconds of reward_timeout; raise it, or make the reward faster"
+        )
+        try:
+            with kept_globals(), torch.no_grad():
+                seed_generators(seed)
+                with time_limit(self.timeout):
+                    result = reward(*inputs)
+                    try:
+                        scores = to_scores(result, len(inputs[1]))
+                    except ValueError as error:
+                        raise RewardError(str(error)) from error
+        except KeyboardInterrupt:
+            raise
+        except OutOfTime as error:
+            raise RewardError(late) from error
+        except RewardError as error:
+            raise RewardError(f"{what}: {error}") from error
+        except BaseException as error:
+            raise RewardError(f"{what} failed: {describe_error(error)}") from error
+        # where no alarm could interrupt it
+        if self.timeout is not None and time.perf_counter() - started > self.timeout:
+            raise RewardError(late)
+        return scores
+
+
+def reward_sets(
+    data: DataSettings, rewards: Rewards | None, *, timeout: float | None = None
+) -> tuple[RewardSet, RewardSet]:
+    """What a run is trained on, and what it only measures: the eval rewards that are not trained on.
+
+    Args:
+        data: the settings.
+        rewards: functions in the place of the settings' rewards, if they are given.
+        timeout: as for `RewardSet`.
+
+    Raises:
+        SettingError: as `RewardSet`.
+    """
+    trained = RewardSet(data.rewards if rewards is None else rewards, timeout=timeout)
+    held_out = [name for name in data.eval_rewards if name not in trained.rewards]
+    return trained, RewardSet(held_out, setting="eval_rewards", timeout=timeout)
 
 
 def _find(name: str, setting: str) -> Reward:
@@ -126,19 +230,51 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def _check_signature(name: str, reward: Reward, setting: str) -> None:
+@functools.cache
+def _build(kind: type) -> Any:
+    """The one object of a class, which may hold a large model."""
+    with kept_globals():
+        return kind()
+
+
+def _of_three(name: str, reward: Reward, setting: str) -> Reward:
+    """The reward as a function of (images, prompts, metadata). It is given the metadata if it has a parameter of that
+    name, or a third one without a default."""
+    what = f"the reward {name!r}"
+    if inspect.isclass(reward):
+        try:
+            reward = _build(reward)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise SettingError(
+                setting, f"{what} is a class that cannot be built without arguments: {describe_error(error)}"
+            ) from error
+        what = f"the object of the class {name!r}"
     if not callable(reward):
-        raise SettingError(setting, f"the reward {name!r} is {reward!r}; give a function of (images, prompts)")
+        raise SettingError(
+            setting, f"{what} is {reward!r}; give a function of (images, prompts) or (images, prompts, metadata)"
+        )
     try:
         signature = inspect.signature(reward)
-    except ValueError:
+    except (TypeError, ValueError):
         # written in C: only a call can tell
-        return
+        return lambda images, prompts, metadata: reward(images, prompts)
+    if "metadata" in signature.parameters and _takes(signature, None, None, metadata=None):
+        return lambda images, prompts, metadata: reward(images, prompts, metadata=metadata)
+    if _takes(signature, None, None):
+        return lambda images, prompts, metadata: reward(images, prompts)
+    if _takes(signature, None, None, None):
+        return reward
+    raise SettingError(
+        setting,
+        f"{what} has the parameters {signature}; write it with (images, prompts) or (images, prompts, metadata)",
+    )
+
+
+def _takes(signature: inspect.Signature, *arguments: None, **named: None) -> bool:
     try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise SettingError(
-            setting,
-            f"the reward {name!r} has the arguments {signature} and is called with two: write it as a function of "
-            "(images, prompts)",
-        ) from error
+        signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pcpo_fast.errors import SettingError
 from pcpo_fast.run_folder import run_folder
+from pcpo_fast.terminal import one_line, say
 
 from .plan import SHIPPED, Plan, read_plan
 from .results import STUDY, Results
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"error: a study needs {', '.join(missing)}; pip install 'pcpo-fast[study]'", file=sys.stderr)
+        say(f"error: a study needs {', '.join(missing)}; pip install 'pcpo-fast[study]'", error=True)
         return 2
     path = Path(options.file).expanduser()
     try:
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = study.run()
             if status > 128:
                 command = f"pcpo study {options.file} --output-dir {folder}"
-                print(f"Stopped with {len(study.finished)} of {study.total} runs finished; go on with: {command}")
+                say(f"Stopped with {len(study.finished)} of {study.total} runs finished; go on with: {command}")
                 return status
             if study.failed or study.waiting:
                 _lament(study)
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SettingError as error:
         place = f"--{error.name.replace('_', '-')}" if error.name in OPTIONS else f"{path}: {error.name}"
         place = str(options.file) if error.name == "study" else place
-        print(f"error: {place}: {' '.join(error.reason.split())}", file=sys.stderr)
+        say(f"error: {place}: {one_line(error.reason)}", error=True)
         return 2
 
 
@@ -101,34 +102,35 @@ def _announce(study: Study, folder: Path, resumed: bool) -> None:
     finished, changed = len(study.finished), study.results.changed
     plan: Plan = study.plan
     found = f"{finished} of them finished" if finished or resumed else "none of them finished"
-    print(f"{plan.name}: {study.total} runs, {found}; {study.processes} at a time, one thread each; folder {folder}")
+    say(f"{plan.name}: {study.total} runs, {found}; {study.processes} at a time, one thread each; folder {folder}")
     if resumed and finished < study.total:
-        print("The study goes on: finished runs are not repeated, the others go on from their last checkpoints.")
+        say("The study goes on: finished runs are not repeated, the others go on from their last checkpoints.")
     if changed:
-        print(f"These runs were made with other settings and are repeated: {', '.join(changed)}")
+        why = "were made with other settings, or without gradients, and are repeated"
+        say(f"These runs {why}: {', '.join(changed)}")
 
 
 def _lament(study: Study) -> None:
     """Says what was not run."""
     if study.failed:
-        print(f"{len(study.failed)} runs failed: {', '.join(study.failed)}", file=sys.stderr)
+        say(f"{len(study.failed)} runs failed: {', '.join(study.failed)}", error=True)
     if study.waiting:
         pairs = dict.fromkeys(f"{algorithm} on {task}" for task, algorithm, _ in study.waiting)
-        print(
+        say(
             f"{len(study.waiting)} runs at the best learning rate were not started, since a sweep has failed: "
             f"{', '.join(pairs)}",
-            file=sys.stderr,
+            error=True,
         )
-    print("The same command tries them again.", file=sys.stderr)
+    say("The same command tries them again.", error=True)
 
 
 def _list(study: Study) -> int:
     for run in study.runs:
         state = "finished" if run.id in study.results.finished else "open"
-        print(f"{run.id:<50} {run.part:<12} {state}")
+        say(f"{run.id:<50} {run.part:<12} {state}")
     for task, algorithm, seed in study.waiting:
-        print(f"{f'{task}, {algorithm}, best learning rate, seed {seed}':<63} waits for the sweep")
-    print(f"{len(study.finished)} of {study.total} runs have finished")
+        say(f"{f'{task}, {algorithm}, best learning rate, seed {seed}':<63} waits for the sweep")
+    say(f"{len(study.finished)} of {study.total} runs have finished")
     return 0
 
 
@@ -137,14 +139,13 @@ def _report(study: Study, folder: Path) -> int:
     from .report import write_report
 
     if not study.finished:
-        print(
-            f"error: no run of {study.plan.name} has finished in {folder}; there is nothing to report", file=sys.stderr
-        )
+        say(f"error: no run of {study.plan.name} has finished in {folder}; there is nothing to report", error=True)
         return 1
-    if study.results.changed:
-        print(f"Left out, since their settings have changed: {', '.join(study.results.changed)}")
+    left_out = [name for name in study.results.changed if name not in study.results.finished]
+    if left_out:
+        say(f"Left out, since their settings have changed, or gradients are missing: {', '.join(left_out)}")
     for written in write_report(study.results.study(study.runs), folder):
-        print(written)
+        say(str(written))
     return 0
 
 

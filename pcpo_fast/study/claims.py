@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pcpo_fast.study.frames import Cell, Run, Study, numbers
-from pcpo_fast.study.markdown import NONE, fixed, grid, percent, show_rate, signed, words
+from pcpo_fast.study.markdown import NONE, bracket, fixed, grid, show_gain, show_rate, signed, words
 from pcpo_fast.study.measures import COSTS, QUALITY, TAYLOR
-from pcpo_fast.study.statistics import MIN_SEEDS, Interval, gain_of, matched_differences, mean_interval
+from pcpo_fast.study.statistics import MIN_SEEDS, gain_of, matched_differences, mean_interval
 
 TEXT = (
     "Every claim that the study file names, on each of its tasks. A gain is the baseline's epochs (or seconds, or "
@@ -62,20 +61,18 @@ def _found(study: Study, task: str, measure: str, pair: tuple[Cell, Cell]) -> li
     compared = _named(study, ours)
     if measure == TAYLOR:
         interval = mean_interval(numbers(_largest(run) for run in ours.runs.values()))
-        measured = fixed(100 * interval.estimate, 1) + "%" + _bracket(interval, lambda value: f"{100 * value:.1f}")
+        measured = fixed(100 * interval.estimate, 1) + "%" + bracket(interval, lambda value: f"{100 * value:.1f}")
         return [f"{compared}: the largest of a run", str(interval.n), measured, NONE]
     if target is None:
         return [compared, NONE, NONE, "the task has no target"]
     compared += f" against {_named(study, theirs)}, at {target:g}"
     if measure in COSTS:
         found = gain_of(pair, target, COSTS[measure])
-        if not math.isfinite(found.gain.estimate) or found.verdict == "never reached by either":
-            return [compared, str(found.gain.n), NONE, found.verdict]
-        measured = f"{found.bound} {percent(found.gain.estimate)}%".strip() + _bracket(found.gain, percent)
-        return [compared, str(found.gain.n), f"{measured} {measure}", found.verdict]
+        shown = show_gain(found)
+        return [compared, str(found.gain.n), shown if shown == NONE else f"{shown} {measure}", found.verdict]
     interval = matched_differences(pair, target)[measure]
     sides = ("more", "less") if QUALITY[measure] == 0 else ("better", "worse")[:: QUALITY[measure]]
-    measured = f"{signed(interval.estimate)}{_bracket(interval, signed)} {words(measure)}"
+    measured = f"{signed(interval.estimate)}{bracket(interval, signed)} {words(measure)}"
     return [compared, str(interval.n), measured, interval.verdict(sides[0], sides[1])]
 
 
@@ -86,7 +83,3 @@ def _largest(run: Run) -> float | None:
 
 def _named(study: Study, cell: Cell) -> str:
     return f"{study.algorithm_title(cell.algorithm)} ({show_rate(cell.learning_rate)})"
-
-
-def _bracket(interval: Interval, show: Any) -> str:
-    return f" [{show(interval.low)}, {show(interval.high)}]" if interval.known else ""

@@ -301,7 +301,8 @@ def _finish(axes: Axes, title: str, legend: bool = True) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, frameon=False)
+        # below the panel, where it hides nothing
+        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
 def _titled(figure: Figure, title: str, drawn: bool, note: str) -> Figure | None:

@@ -12,10 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pcpo_fast.study.measures import COSTS, QUALITY
+from pcpo_fast.study.measures import COSTS, QUALITY, best_learning_rate, is_sweep, reward_at_quality
 
-# parts whose names begin with it select learning rates; their seeds are their own, so their runs are not compared
-SWEEP = "sweep"
 RUN_KEYS = ("part", "task", "algorithm", "learning_rate", "seed")
 EVALUATION_KEYS = (*COSTS.values(), "reward", *QUALITY, "pixel_shift")
 
@@ -51,20 +49,6 @@ def evaluation_frame(study: Mapping[str, Any]) -> pd.DataFrame:
     """One row per evaluation of the finished runs of study.json; NaN where a number was not finite."""
     frames = [pd.DataFrame({**{key: run.get(key) for key in RUN_KEYS}, **curve_of(run)}) for run in _finished(study)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*RUN_KEYS, *EVALUATION_KEYS])
-
-
-def reward_at_quality(evaluations: Iterable[Mapping[str, Any]], limit: float | None) -> float | None:
-    """The highest reward among the evaluations whose `frechet_distance` is at most `limit` (None: any); None if none.
-
-    Learning rates are chosen by it: a rate that buys reward with worse images than the limit allows does not win.
-    """
-    rewards = [
-        row["reward"]
-        for row in evaluations
-        if row.get("reward") is not None
-        and (limit is None or (row.get("frechet_distance") is not None and row["frechet_distance"] <= limit))
-    ]
-    return max(rewards, default=None)
 
 
 @dataclass(frozen=True)
@@ -157,7 +141,8 @@ class Study:
             p, q = settings["credit_powers"]
             return float(p), float(q)
         # the sampler's own weights are |output_coef| / std
-        return {"native": (1.0, -1.0), "constant": (0.0, 0.0)}.get(settings.get("credit", "constant"))
+        credit = settings.get("credit", "constant")
+        return {"native": (1.0, -1.0), "constant": (0.0, 0.0)}.get(credit) if isinstance(credit, str) else None
 
     @cached_property
     def best(self) -> dict[tuple[str, str], float]:
@@ -166,6 +151,8 @@ class Study:
         for task in self.tasks:
             for algorithm in self.algorithms:
                 swept = [rate.learning_rate for rate in self.sweep(task, algorithm) if rate.best]
+                if self._planned_sweep(task, algorithm) and not swept:
+                    continue
                 rates = swept or sorted({run["learning_rate"] for run in self._select(task, algorithm, swept=False)})
                 if len(rates) == 1:
                     chosen[task, algorithm] = rates[0]
@@ -174,7 +161,8 @@ class Study:
     def sweep(self, task: str, algorithm: str) -> list[SweptRate]:
         """The learning rates that the sweep has tried, rising; empty if it has no finished run.
 
-        The best is the one with the highest mean over seeds of `reward_at_quality`; of equal ones the lowest.
+        The best is the one with the highest mean over seeds of `reward_at_quality`; of equal ones the lowest. There is
+        none before all of the sweep has finished.
         """
         if (task, algorithm) not in self._sweeps:
             self._sweeps[task, algorithm] = self._sweep(task, algorithm)
@@ -206,14 +194,25 @@ class Study:
             summary.append((rate, rewards, float(np.mean(values)), final))
         if not summary:
             return []
-        means = [mean for _, _, mean, _ in summary]
-        best = means.index(max(means))
+        planned = self._planned_sweep(task, algorithm)
+        whole = planned <= {(rate, seed) for rate, rewards, *_ in summary for seed in rewards}
+        best = best_learning_rate(runs, limit) if whole else None
         edge = "at the edge" if len(summary) > 1 else "the only rate"
-        place = edge if best in (0, len(summary) - 1) else "inside the sweep"
+        place = edge if best in (summary[0][0], summary[-1][0]) else "inside the sweep"
         return [
-            SweptRate(rate, rewards, mean, final, index == best, place if index == best else "")
-            for index, (rate, rewards, mean, final) in enumerate(summary)
+            SweptRate(rate, rewards, mean, final, rate == best, place if rate == best else "")
+            for rate, rewards, mean, final in summary
         ]
+
+    def _planned_sweep(self, task: str, algorithm: str) -> set[tuple[float, int]]:
+        """(learning rate, seed) of the runs that choose the best rate."""
+        return {
+            (float(rate), seed)
+            for part in self._parts(swept=True)
+            if task in part.get("tasks", ()) and algorithm in part.get("algorithms", ())
+            for rate in part.get("learning_rates", ())
+            for seed in part.get("seeds", ())
+        }
 
     def cell(self, task: str, algorithm: str, learning_rate: float, swept: bool = False) -> Cell:
         """The compared runs of an algorithm at a rate, or those of the sweep."""
@@ -276,20 +275,20 @@ class Study:
         return [run for run in runs if (self._in_sweep(run) if swept else self._is_compared(run))]
 
     def _in_sweep(self, run: Run) -> bool:
-        return run["part"].startswith(SWEEP) or any(self._in_part(run, part) for part in self._parts(swept=True))
+        return is_sweep(run["part"]) or any(self._in_part(run, part) for part in self._parts(swept=True))
 
     def _is_compared(self, run: Run) -> bool:
         # a run of two parts is made once, and names the first of them; "best" is not asked here, as it asks in turn
         best, others = [], []
         for part in self._parts(swept=False):
             (best if part.get("learning_rates") == "best" else others).append(part)
-        if not run["part"].startswith(SWEEP) or any(self._in_part(run, part) for part in others):
+        if not is_sweep(run["part"]) or any(self._in_part(run, part) for part in others):
             return True
         swept = [rate.learning_rate for rate in self.sweep(run["task"], run["algorithm"]) if rate.best] if best else []
         return run["learning_rate"] in swept and any(self._in_part(run, part, swept[0]) for part in best)
 
     def _parts(self, swept: bool) -> list[Mapping[str, Any]]:
-        return [part for name, part in self.parts.items() if name.startswith(SWEEP) == swept]
+        return [part for name, part in self.parts.items() if is_sweep(name) == swept]
 
     def _in_part(self, run: Run, part: Mapping[str, Any], best: float | None = None) -> bool:
         rates = [best] if best is not None else part.get("learning_rates", ())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from pcpo_fast.study.frames import Study
+from pcpo_fast.study.statistics import Gain, Interval
 
 NONE = "-"
 
@@ -80,3 +81,16 @@ def document(title: str, text: str, study: Study, section: Callable[[str], list[
     if not study.tasks:
         blocks.append("The study has no tasks.")
     return "\n\n".join(blocks) + "\n"
+
+
+def bracket(interval: Interval, show: Callable[[float], str]) -> str:
+    """The ends of an interval in brackets, after a space; nothing where there is no interval."""
+    return f" [{show(interval.low)}, {show(interval.high)}]" if interval.known else ""
+
+
+def show_gain(found: Gain) -> str:
+    """A gain in percent with its interval, and the mark of a bound."""
+    if not math.isfinite(found.gain.estimate) or found.verdict == "never reached by either":
+        return NONE
+    estimate = f"{found.bound} {percent(found.gain.estimate)}%".strip()
+    return estimate + bracket(found.gain, percent)

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, Literal
 
 import torch
@@ -24,13 +23,11 @@ from pcpo_fast.config import Config, checked_settings, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import find_model
 from pcpo_fast.presets import PRESETS
-from pcpo_fast.study.measures import MEASURES
+from pcpo_fast.study.measures import MEASURES, SWEEP, is_sweep
 from pcpo_fast.train import check
 
 # the files that come with the package, by name
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-# parts whose names begin with it choose the best learning rates
-SWEEP = "sweep"
 # a setting of an algorithm beside those of training: the exponents of its credit
 POWERS = "credit_powers"
 # settings that differ between the runs of one algorithm
@@ -177,7 +174,7 @@ class Plan:
 
     def sweep(self, task: str, algorithm: str) -> dict[str, float]:
         """The learning rates of the runs that choose the best one of an algorithm, by the id of the run."""
-        cells = [cell[1:] for cell in _cells(self.file) if cell[0].startswith(SWEEP) and cell[1:3] == (task, algorithm)]
+        cells = [cell[1:] for cell in _cells(self.file) if is_sweep(cell[0]) and cell[1:3] == (task, algorithm)]
         return {run_id(*cell): cell[2] for cell in cells}
 
     def frechet_limit(self, task: str) -> float:
@@ -229,30 +226,6 @@ def make_plan(name: str, content: Any) -> Plan:
 def run_id(task: str, algorithm: str, learning_rate: float, seed: int) -> str:
     """The name of a run, which is that of its folder, too."""
     return re.sub(r"[^A-Za-z0-9.-]", "_", f"{task}-{algorithm}-{learning_rate:g}-{seed}")
-
-
-def best_learning_rate(runs: Iterable[Mapping[str, Any]], limit: float) -> float:
-    """The learning rate whose mean over seeds of the highest evaluation reward is highest; the lower one of two equal.
-
-    Args:
-        runs: finished runs of one algorithm and task, as study.json has them.
-        limit: evaluations with a higher Frechet distance do not count. A run without any that counts is worse than
-            every other.
-
-    Raises:
-        ValueError: for no runs.
-    """
-    rewards: dict[float, list[float]] = {}
-    for run in runs:
-        counted = [
-            evaluation["reward"]
-            for evaluation in run["evaluations"]
-            if evaluation["reward"] is not None
-            and evaluation["frechet_distance"] is not None
-            and evaluation["frechet_distance"] <= limit
-        ]
-        rewards.setdefault(run["learning_rate"], []).append(max(counted, default=-math.inf))
-    return max(sorted(rewards), key=lambda rate: fmean(rewards[rate]))
 
 
 def credit_weights(config: Config, powers: Sequence[float]) -> tuple[float, ...]:
@@ -339,10 +312,10 @@ def _check_best(file: Mapping[str, Any]) -> None:
     for name, part in file["parts"].items():
         pairs = {(task, algorithm) for task in part["tasks"] for algorithm in part["algorithms"]}
         if part["learning_rates"] != "best":
-            swept |= pairs if name.startswith(SWEEP) else set()
+            swept |= pairs if is_sweep(name) else set()
             continue
         place = f"parts.{name}.learning_rates"
-        if name.startswith(SWEEP):
+        if is_sweep(name):
             raise SettingError(place, f"a part whose name begins with {SWEEP} chooses the best; give it a list")
         for task, algorithm in sorted(pairs - swept):
             raise SettingError(
@@ -354,7 +327,7 @@ def _check_best(file: Mapping[str, Any]) -> None:
 
 def _check_ids(file: Mapping[str, Any]) -> None:
     """Checks that runs with different learning rates, tasks or algorithms have different names."""
-    sweeps = [part["learning_rates"] for name, part in file["parts"].items() if name.startswith(SWEEP)]
+    sweeps = [part["learning_rates"] for name, part in file["parts"].items() if is_sweep(name)]
     swept = [rate for rates in sweeps for rate in rates]
     seen: dict[str, tuple[Any, ...]] = {}
     for part, task, algorithm, rate, seed in _cells(file):

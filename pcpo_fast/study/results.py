@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from pcpo_fast.config import Config
 from pcpo_fast.errors import SettingError
@@ -16,7 +17,7 @@ from pcpo_fast.presets import PRESETS
 from .plan import Plan, Run, as_json, run_id
 
 # in the folder of a study
-STUDY, REPLACED, RUNS = "study.json", "study.old.json", "runs"
+STUDY, REPLACED, RUNS = "study.json", "study.old{}.json", "runs"
 # in the folder of a run: its settings and what it measures, written before it starts, and its result, at the end
 SETTINGS, RESULT = "study_run.json", "result.json"
 # keys of an entry in study.json that are not the result
@@ -51,16 +52,18 @@ class Results:
         self.finished: dict[str, dict[str, Any]] = {}
         self.changed: list[str] = []
         self._saved: dict[str, list[Found]] = {}
+        # the results in the study.json of the folder, by the id of their run
+        self._before: dict[str, dict[str, Any]] = {}
         self._looked: set[tuple[str, bool]] = set()
         if more is not None:
-            self._add(_read(more, "results"))
+            self._add(_read(more, "results"), "results")
         if (folder / STUDY).is_file():
             study = _read(folder / STUDY, "output_dir")
             if study["study"] != plan.name:
                 raise SettingError(
                     "output_dir", f"{folder} holds the study {study['study']!r}, not {plan.name!r}; give another folder"
                 )
-            self._add(study)
+            self._before = self._add(study, "output_dir")
 
     def run_folder(self, run: Run) -> Path:
         return self.folder / RUNS / run.id
@@ -76,10 +79,11 @@ class Results:
         """Reads the result of a run that has just ended. Returns what is wrong with it, or None."""
         path = self.run_folder(run) / RESULT
         result = _json(path)
-        # NaN is no JSON and would make all of study.json unreadable
-        if not isinstance(result, dict) or not isinstance(result.get("evaluations"), list):
+        if not _is_result(result):
             return f"{path} is no result" if path.exists() else f"it has not written {path}"
-        self.finished[run.id] = result
+        # a run that had started before the plan asked for its gradients stays open
+        if result.get("gradients") or not run.gradients:
+            self.finished[run.id] = result
         return None
 
     def study(self, runs: Iterable[Run]) -> dict[str, Any]:
@@ -113,16 +117,18 @@ class Results:
                 shutil.rmtree(self.run_folder(run) / "checkpoints", ignore_errors=True)
 
     def keep_replaced(self) -> None:
-        """Keeps a study.json as it is where some of its runs are about to be replaced by others."""
-        if self.changed and (self.folder / STUDY).is_file():
-            write_atomically(self.folder / REPLACED, (self.folder / STUDY).read_bytes())
+        """Keeps a study.json as it is where some of its results are about to be replaced or left out."""
+        if any(self.finished.get(name) != result for name, result in self._before.items()):
+            names = (REPLACED.format("" if number == 1 else f"-{number}") for number in itertools.count(1))
+            free = next(self.folder / name for name in names if not (self.folder / name).exists())
+            write_atomically(free, (self.folder / STUDY).read_bytes())
 
     def _take(self, run: Run) -> None:
         settings = run.settings()
         saved = list(self._saved.get(run.id, []))
         given = _json(self.run_folder(run) / SETTINGS)
         result = _json(self.run_folder(run) / RESULT)
-        if isinstance(given, dict) and isinstance(result, dict):
+        if isinstance(given, dict) and _is_result(result):
             saved.append(Found(given.get("settings", {}), result))
         # before the best learning rates are known, a run may not know yet that it measures gradients
         self.finished.pop(run.id, None)
@@ -130,29 +136,32 @@ class Results:
         whole = [result for result in equal if result.get("gradients") or not run.gradients]
         if whole:
             self.finished[run.id] = whole[-1]
-        elif equal:
-            return
         elif saved or (isinstance(given, dict) and given.get("settings") != settings):
             self.changed.append(run.id)
 
-    def _add(self, study: dict[str, Any]) -> None:
-        """Notes the finished runs of a study.json with all of their settings."""
-        default = as_json(Config().flat())
-        for entry in study["runs"]:
-            if not entry.get("finished"):
-                continue
-            preset = study["presets"][study["file"]["tasks"][entry["task"]]["preset"]]
-            # a setting that did not exist then has its default
-            settings = default | preset | entry["settings"]
-            name = run_id(entry["task"], entry["algorithm"], entry["learning_rate"], entry["seed"])
-            result = {key: value for key, value in entry.items() if key not in ENTRY}
-            self._saved.setdefault(name, []).append(Found(settings, result))
+    def _add(self, study: dict[str, Any], setting: str) -> dict[str, dict[str, Any]]:
+        """Notes the finished runs of a study.json with all of their settings, and returns their results by id."""
+        default, found = as_json(Config().flat()), {}
+        try:
+            for entry in study["runs"]:
+                preset = study["presets"][study["file"]["tasks"][entry["task"]]["preset"]]
+                # a setting that did not exist then has its default
+                settings = default | preset | entry["settings"]
+                name = run_id(entry["task"], entry["algorithm"], entry["learning_rate"], entry["seed"])
+                found[name] = {key: value for key, value in entry.items() if key not in ENTRY}
+                self._saved.setdefault(name, []).append(Found(settings, found[name]))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SettingError(
+                setting, f"a run in its study.json is not as `pcpo study` writes it: {error!r}"
+            ) from error
+        return found
 
 
 def prepare(folder: Path, run: Run) -> None:
     """Makes the folder of a run, and empties one that holds a run with other settings."""
     plan = {"settings": run.settings(), "gradients": run.gradients}
-    if folder.exists() and _json(folder / SETTINGS) not in (None, plan):
+    # without its settings a checkpoint may be of any run
+    if folder.exists() and _json(folder / SETTINGS) != plan:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / SETTINGS, (json.dumps(plan, indent=1) + "\n").encode())
@@ -168,6 +177,12 @@ def _read(path: Path, setting: str) -> dict[str, Any]:
     if not isinstance(study, dict) or not {"study", "file", "presets", "runs"} <= study.keys():
         raise SettingError(setting, f"{path} is no study.json of a study; give the one that `pcpo study` wrote")
     return study
+
+
+def _is_result(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a run wrote it. NaN is no JSON, and would make all of study.json unreadable."""
+    evaluations = value.get("evaluations") if isinstance(value, dict) else None
+    return isinstance(evaluations, list) and all(isinstance(row, dict) and "epoch" in row for row in evaluations)
 
 
 def _json(path: Path) -> Any:

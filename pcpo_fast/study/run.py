@@ -32,12 +32,11 @@ from pcpo_fast.signals import never
 from pcpo_fast.study.gradients import step_gradients
 from pcpo_fast.study.measure import Quality
 from pcpo_fast.study.measures import QUALITY
+from pcpo_fast.study.results import RESULT, SETTINGS
+from pcpo_fast.study.runner import PARENT
 from pcpo_fast.train import make_trainer
 from pcpo_fast.trainer import Trainer
 
-PLAN, RESULT = "study_run.json", "result.json"
-# the process that started this one; a run ends when that one has
-PARENT = "PCPO_STUDY_PARENT"
 # the eval reward gives the accuracy
 QUALITIES = (*(name for name in QUALITY if name != "accuracy"), "pixel_shift")
 
@@ -75,7 +74,7 @@ class StudyTrainer(Trainer):
 
 def run(folder: Path) -> dict[str, Any] | None:
     """Trains in `folder` and returns the result, or None if the run was stopped before its end."""
-    plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
+    plan = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     begun = (folder / "config.json").exists()
     config = Config().replace(**plan["settings"]).replace(output_dir=str(folder), resume=begun)
     # gradients are measured outside of training, which ends by itself

@@ -20,8 +20,10 @@ from tqdm import tqdm
 
 from pcpo_fast.run_folder import LOCK
 from pcpo_fast.signals import Signals
+from pcpo_fast.terminal import say
 
-from .plan import Plan, Run, best_learning_rate
+from .measures import best_learning_rate
+from .plan import Plan, Run
 from .results import Results, prepare
 
 COMMAND = (sys.executable, "-m", "pcpo_fast.study.run")
@@ -177,6 +179,8 @@ class Study:
             if status is None:
                 continue
             del self._running[run.id]
+            # the plan may ask for more of it by now
+            run = next((planned for planned in self.runs if planned.id == run.id), run)
             if status == 0:
                 wrong = self.results.read(run)
             else:
@@ -186,15 +190,14 @@ class Study:
                 if self.waiting:
                     self._plan_runs()
                 self.results.save(self.runs)
-                tqdm.write(f"{run.id} has finished ({len(self.finished)} of {self.total} runs)")
+                say(f"{run.id} has finished ({len(self.finished)} of {self.total} runs)")
             elif not stopping:
                 log = self.results.run_folder(run) / LOG
-                quoted = "".join(f"\n    {line}" for line in _last_lines(log))
-                self._fail(run, f"{wrong}; its log {log} ends with{quoted}")
+                self._fail(run, f"{wrong}; its log {log} ends with", *(f"    {line}" for line in _last_lines(log)))
 
-    def _fail(self, run: Run, reason: str) -> None:
+    def _fail(self, run: Run, reason: str, *quoted: str) -> None:
         self.failed.append(run.id)
-        tqdm.write(f"{run.id} failed: {reason}", file=sys.stderr)
+        say(f"{run.id} failed: {reason}", *quoted, error=True)
 
     def _stop(self) -> None:
         for _, process in self._running.values():
@@ -208,7 +211,8 @@ class Study:
         running = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
         state = f"{len(self.finished)}/{self.total} runs; running {running or 'none'}"
         done, before = self._done() - bar.n, bar.postfix
-        bar.update(done)
+        if done:
+            bar.update(done)
         bar.set_postfix_str(state, refresh=bool(done) or state != before)
 
     def _done(self) -> int:

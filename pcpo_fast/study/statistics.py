@@ -193,10 +193,14 @@ class Gain:
     censored: int
     horizon: float
     gain: Interval
+    cut: bool = False
+    """Whether a run reaches the target after the horizon: runs that end at different times."""
 
     @property
     def bound(self) -> str:
-        """≥ if only the baseline has runs that never reach the target, ≤ if only ours has, ~ if both have."""
+        """≥ if only the baseline has runs that never reach the target, ≤ if only ours has, ~ if both have or `cut`."""
+        if self.cut:
+            return "~"
         return {(False, False): "", (True, False): "≥", (False, True): "≤"}.get(
             (self.baseline_censored > 0, self.censored > 0), "~"
         )
@@ -208,7 +212,10 @@ class Gain:
             return "never reached by either"
         if self.gain.n and not math.isfinite(self.gain.estimate):
             return "reached at the start"
-        return self.gain.verdict("faster", "slower")
+        verdict = self.gain.verdict("faster", "slower")
+        # an upper bound shows no gain, a lower one no loss
+        open_ = {"faster": ("≤", "~"), "slower": ("≥", "~")}.get(verdict, ())
+        return f"{verdict} up to the horizon" if self.bound in open_ else verdict
 
 
 def gain_of(pair: tuple[Cell, Cell], target: float, unit: str) -> Gain:
@@ -232,6 +239,7 @@ def gain_of(pair: tuple[Cell, Cell], target: float, unit: str) -> Gain:
         both[1].censored,
         horizon,
         gain,
+        any(times.time[seed] > horizon and times.reached[seed] for times in both for seed in seeds),
     )
 
 

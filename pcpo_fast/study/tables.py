@@ -11,10 +11,21 @@ import numpy as np
 from pcpo_fast.study.claims import claims
 from pcpo_fast.study.credit_tables import credit_map, gradients
 from pcpo_fast.study.frames import Cell, Run, Study
-from pcpo_fast.study.markdown import NONE, document, fixed, grid, percent, ranges, show_rate, signed, spread, words
+from pcpo_fast.study.markdown import (
+    NONE,
+    bracket,
+    document,
+    fixed,
+    grid,
+    ranges,
+    show_gain,
+    show_rate,
+    signed,
+    spread,
+    words,
+)
 from pcpo_fast.study.measures import QUALITY
 from pcpo_fast.study.statistics import (
-    Gain,
     Interval,
     Times,
     finite_mean,
@@ -322,14 +333,6 @@ def seeds_of(common: int, pair: tuple[Cell, Cell]) -> str:
     return str(common) if common == either else f"{common} of {either}"
 
 
-def show_gain(found: Gain) -> str:
-    """A gain in percent with its interval, and the mark of a bound."""
-    if not math.isfinite(found.gain.estimate) or found.verdict == "never reached by either":
-        return NONE
-    estimate = f"{found.bound} {percent(found.gain.estimate)}%".strip()
-    return estimate + (f" [{percent(found.gain.low)}, {percent(found.gain.high)}]" if found.gain.known else "")
-
-
 def show_difference(interval: Interval) -> str:
     """A difference with its interval, and whether it is not significant."""
     if not math.isfinite(interval.estimate):
@@ -337,4 +340,4 @@ def show_difference(interval: Interval) -> str:
     if not interval.known:
         return f"{signed(interval.estimate)} (n = {interval.n})"
     mark = " n.s." if interval.low <= 0 <= interval.high else ""
-    return f"{signed(interval.estimate)} [{signed(interval.low)}, {signed(interval.high)}]{mark}"
+    return f"{signed(interval.estimate)}{bracket(interval, signed)}{mark}"
