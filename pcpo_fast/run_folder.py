@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from pcpo_fast.config import read_config
+from pcpo_fast.config import Config, read_config
 from pcpo_fast.errors import SettingError
+from pcpo_fast.files import write_atomically, writing
+from pcpo_fast.terminal import warn
 
-# locked for as long as the run lives; holds its process id
+# locked for as long as the run lives; holds its process id and the name of its machine
 LOCK = ".lock"
+SETTINGS, HISTORY = "config.json", "config-history.jsonl"
 
 
 @contextlib.contextmanager
@@ -34,14 +39,14 @@ def run_folder(output_dir: str | None, name: str, *, resume: bool) -> Iterator[P
     except OSError as error:
         raise SettingError("output_dir", f"cannot be used as a run folder: {error}") from error
     with lock:
-        if not resume and (folder / "config.json").exists():
+        if not resume and (folder / SETTINGS).exists():
             raise SettingError(
                 "output_dir", f"{folder} already holds a run; add --resume to continue it, or give another folder"
             )
         try:
             yield folder
         finally:
-            if made and [path.name for path in folder.iterdir()] == [LOCK]:
+            if made and folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
                 (folder / LOCK).unlink()
                 folder.rmdir()
 
@@ -52,8 +57,15 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     Raises:
         SettingError: if the folder holds no run.
     """
-    if (folder / "config.json").is_file():
-        return read_config(folder / "config.json")
+    if os.path.lexists(folder / SETTINGS):
+        try:
+            return read_config(folder / SETTINGS)
+        except SettingError as error:
+            raise SettingError(
+                "output_dir",
+                f"{folder} cannot be resumed without its settings: {error.reason}; mend {SETTINGS}, or write it anew "
+                "with the settings that the run had",
+            ) from error
     there = None
     if folder.is_dir():
         there = sorted(path.name for path in folder.iterdir() if path.name != LOCK and path.suffix != ".partial")
@@ -66,18 +78,65 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     )
 
 
+def settings_of(config: Config) -> dict[str, Any]:
+    """What decides a run, as JSON reads it: all settings but where it is and whether it is resumed."""
+    settings = json.loads(config.to_json())
+    return {name: value for name, value in settings.items() if name not in ("output_dir", "resume")}
+
+
+def save_settings(folder: Path, config: Config, epoch: int, before: Mapping[str, Any] | None = None) -> None:
+    """Writes the settings of a run, and says and notes what a resumed run changes.
+
+    Args:
+        epoch: how many epochs are finished.
+        before: the settings of those epochs, as `settings_of` gives them, where they are known.
+
+    Raises:
+        SettingError: if the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    now = settings_of(config)
+    changed = {name: [before.get(name), now[name]] for name in now if now[name] != before.get(name)} if before else {}
+    if changed:
+        listing = ", ".join(f"{name} from {old!r} to {new!r}" for name, (old, new) in changed.items())
+        warn(f"settings change after epoch {epoch}: {listing}; noted in {folder / HISTORY}")
+        line = json.dumps({"epoch": epoch, "changed": changed}) + "\n"
+        with writing(folder / HISTORY):
+            noted = (folder / HISTORY).read_bytes() if (folder / HISTORY).exists() else b""
+        write_atomically(folder / HISTORY, noted + line.encode())
+    # without `resume`, so that other runs can start from it
+    write_atomically(folder / SETTINGS, config.replace(resume=False).to_json().encode())
+
+
 def _lock(folder: Path) -> AcquireReturnProxy:
     """Locks the folder until the result is left as a context."""
     try:
         lock = FileLock(folder / LOCK).acquire(timeout=0)
     except Timeout as error:
-        owner = (folder / LOCK).read_text(encoding="utf-8").strip()
-        raise SettingError(
-            "output_dir",
-            f"{folder} is in use by process {owner or '(unknown)'}; wait until it has finished, or give another folder",
-        ) from error
-    (folder / LOCK).write_text(f"{os.getpid()}\n", encoding="utf-8")
+        raise SettingError("output_dir", f"{folder} is in use by {_owner(folder / LOCK)}") from error
+    (folder / LOCK).write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
     return lock
+
+
+def _owner(lock: Path) -> str:
+    """Which process holds a lock, and what to do."""
+    noted, _, host = lock.read_text(encoding="utf-8", errors="replace").strip().partition(" ")
+    wait = "wait until it has finished, or give another folder"
+    # the system tells which of its own processes have a file open
+    holders = set()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if descriptor.samefile(lock):
+                holders.add(descriptor.parts[2])
+    if not holders:
+        return f"process {noted or '(unknown)'}{f' on {host}' if host else ''}; {wait}"
+    listing = " and ".join(sorted(holders, key=int))
+    if noted in holders or not noted:
+        return f"process {noted or listing}; {wait}"
+    return (
+        f"process {listing}, whose lock names process {noted}; end {listing} if a killed run left it behind, or {wait}"
+    )
 
 
 def _make_free_folder(name: str) -> Path:

@@ -54,7 +54,8 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     import tyro
 
     rest = list(arguments)
-    preset = rest.pop(0) if rest and not rest[0].startswith("-") else "digits"
+    named = bool(rest) and not rest[0].startswith("-")
+    preset = rest.pop(0) if named else "digits"
     if preset not in PRESETS:
         raise SettingError("preset", f"{preset!r} does not exist; choose one of {', '.join(PRESETS)}, or give none")
     # these decide the defaults of all other settings
@@ -75,6 +76,13 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     builtin = default.data
     if given.get("resume") and given.get("output_dir") is not None:
         saved = saved_settings(Path(given["output_dir"]).expanduser())
+    models = [known.model.model for known in PRESETS.values() if named]
+    if saved.get("model") in models and saved["model"] != default.model.model:
+        raise SettingError(
+            "preset",
+            f"{preset!r} was given, and the run in {given['output_dir']} trains {saved['model']!r}; leave the preset "
+            "out to resume that run, or give another folder",
+        )
     default = default.replace(**saved | given)
     config = tyro.cli(
         tyro.conf.OmitArgPrefixes[Config],
@@ -172,9 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder = stack.enter_context(run_folder(config.run.output_dir, preset, resume=config.run.resume))
             trainer = make_trainer(config.replace(output_dir=str(folder)), source=source)
         except SettingError as error:
-            flag = error.name if error.name == "preset" else "--" + error.name.replace("_", "-")
-            say(f"error: {flag}: {one_line(error.reason)}", error=True)
-            return 2
+            return _complain(error)
         data = PRESETS[preset].data
         if config.data.prompts != data.prompts and data.eval_rewards and not config.data.eval_rewards:
             names = " ".join(data.eval_rewards)
@@ -183,14 +189,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             received = trainer.train()
             status = 0 if received is None else 128 + received
-        except RewardError as error:
-            say(f"error: {one_line(error)}", error=True)
-            status = 2
+        except (RewardError, SettingError) as error:
+            status = _complain(error)
         if status == 0:
             _report(trainer)
         else:
             say(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
         return status
+
+
+def _complain(error: RewardError | SettingError) -> int:
+    """Prints an error as one line. Returns the exit status."""
+    text = str(error)
+    if isinstance(error, SettingError):
+        text = f"{error.name if error.name == 'preset' else '--' + error.name.replace('_', '-')}: {error.reason}"
+    say(f"error: {one_line(text)}", error=True)
+    return 2
 
 
 def _try_out(config: Config, source: ModelSource, rewards: Rewards | None) -> None:
@@ -241,9 +255,9 @@ def _report(trainer: Trainer) -> None:
 
     metrics = trainer.metrics
     records = [record for record in metrics.records if "eval/reward" in record]
-    # only where the metrics file was lost
-    if not records:
-        say(f"no evaluation is left in {metrics.path}; weights: {trainer.folder}")
+    # only where the metrics file was damaged
+    if not records or records[0]["epoch"]:
+        say(f"the evaluation before training is lost from {metrics.path}; weights: {trainer.folder}")
         return
     before, after = records[0], records[-1]
     table = Table(title=f"{trainer.config.run.eval_samples} images with the same seeds, before and after")

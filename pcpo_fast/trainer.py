@@ -39,7 +39,6 @@ from pcpo_fast.advantages import Advantages
 from pcpo_fast.batch import Batch
 from pcpo_fast.checkpoint import Checkpoints, get_random_state, kept_random_state
 from pcpo_fast.config import Config
-from pcpo_fast.files import write_atomically
 from pcpo_fast.metrics import Metrics, Record
 from pcpo_fast.ops import PolicyLoss, Reference, StoredStates, policy_loss
 from pcpo_fast.optimizer import Optimizer
@@ -48,6 +47,7 @@ from pcpo_fast.policies import Policy
 from pcpo_fast.prompts import draw_prompts, load_prompts
 from pcpo_fast.rewards import Rewards, reward_sets
 from pcpo_fast.rollout import Interrupted, RolloutEngine, Trajectory
+from pcpo_fast.run_folder import save_settings, settings_of
 from pcpo_fast.samplers import StepTable, build_for_evaluation
 from pcpo_fast.signals import Signals, never
 from pcpo_fast.summary import UpdateLog, finite_mean, reward_summary
@@ -85,15 +85,13 @@ class Trainer:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
         # finished epochs, the sample index from which the next one draws noise, the epoch of the last evaluation
         state = {"epoch": 0, "next_sample": 0, "evaluated": -1, "records": 0, "advantages": {}}
-        latest = self.checkpoints.find(resume=config.run.resume)
-        if latest is not None:
+        if latest := self.checkpoints.find(resume=config.run.resume):
             state = self.checkpoints.load(latest, policy, self.optimizer, expected=state)
         self.epoch, self.next_sample, self.evaluated = (state[key] for key in ("epoch", "next_sample", "evaluated"))
         self.advantages.load_state_dict(state["advantages"])
-        folder.mkdir(parents=True, exist_ok=True)
-        # the first file, since resuming needs it; without `resume`, so that other runs can start from it
-        write_atomically(folder / "config.json", config.replace(resume=False).to_json().encode())
-        self.metrics = Metrics(folder, kept=state["records"])
+        # the first file, since resuming needs it
+        save_settings(folder, config, self.epoch, state.get("settings"))
+        self.metrics = Metrics(folder, kept=state["records"], epoch=self.epoch)
 
     def train(self) -> int | None:
         """Runs the remaining epochs. Returns the signal that ended the run early, or None."""
@@ -253,5 +251,5 @@ class Trainer:
 
     def _save(self, random_state: dict) -> None:
         state = {"next_sample": self.next_sample, "evaluated": self.evaluated, "records": len(self.metrics.records)}
-        state |= {"advantages": self.advantages.state_dict()}
+        state |= {"advantages": self.advantages.state_dict(), "settings": settings_of(self.config)}
         self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)

@@ -12,11 +12,12 @@ import torch
 from pipelines import at_call
 from safetensors.torch import load_file, save_file
 
-from pcpo_fast import checkpoint, files
+from pcpo_fast import checkpoint, files, manifest
 from pcpo_fast.checkpoint import Checkpoints, get_random_state, set_random_state
 from pcpo_fast.config import OptimizerSettings
 from pcpo_fast.errors import SettingError
 from pcpo_fast.files import write_atomically
+from pcpo_fast.manifest import find_damage
 from pcpo_fast.metrics import Metrics
 from pcpo_fast.optimizer import Optimizer
 
@@ -89,7 +90,8 @@ def test_all_tensors_are_safetensors_and_the_rest_is_json(tmp_path):
     train(policy, optimizer)
     path = save(Checkpoints(tmp_path, keep=1), 1, policy, optimizer)
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    assert files == {"weights/weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"}
+    tensors = {"weights/weights.safetensors", "optimizer.safetensors", "random.safetensors"}
+    assert files == {*tensors, "state.json", "manifest.json"}
     assert set(load_file(path / "optimizer.safetensors")) == {"0.step", "0.exp_avg", "0.exp_avg_sq"}
     assert json.loads((path / "state.json").read_text())["epoch"] == 1
 
@@ -149,7 +151,7 @@ def test_a_run_that_dies_at_any_point_of_saving_has_a_whole_checkpoint(tmp_path)
         checkpoints = Checkpoints(folder, keep=1)
         save(checkpoints, 1, *before)
         try:
-            at_call(count, (checkpoint.__file__, files.__file__), die)
+            at_call(count, (checkpoint.__file__, files.__file__, manifest.__file__), die)
             save(checkpoints, 2, *after)
             break
         except Death:
@@ -176,10 +178,14 @@ def full(path):
 
 def test_what_could_not_be_saved_may_be_saved_later(tmp_path, monkeypatch):
     checkpoints, (policy, optimizer) = Checkpoints(tmp_path, keep=1), make_state()
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SettingError, match=r"000001 .*No space left.*: make room"),
+    ):
         patch.setattr(checkpoint, "flush", full)
         save(checkpoints, 1, policy, optimizer)
     assert checkpoints.latest() is None
+    assert list(tmp_path.iterdir()) == []
     assert save(checkpoints, 1, policy, optimizer) == checkpoints.latest()
 
 
@@ -208,8 +214,10 @@ def test_a_metrics_file_that_was_cut_off_is_repaired(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     resumed = Metrics(tmp_path, kept=4)
-    assert [record["epoch"] for record in resumed.records] == [0, 1, 2]
-    resumed.write({"epoch": 3, "reward/mean": 1.0})
+    # the first cut takes nothing but a line break
+    assert [record["epoch"] for record in resumed.records] == ([0, 1, 2, 3] if cut == 1 else [0, 1, 2])
+    if cut > 1:
+        resumed.write({"epoch": 3, "reward/mean": 1.0})
     resumed.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"epoch": epoch, "reward/mean": epoch / 3} for epoch in range(4)]
@@ -246,17 +254,19 @@ def test_saving_an_epoch_again_replaces_its_state_alone(tmp_path):
     for count in itertools.count(1):
         (path / "state.json.partial").unlink(missing_ok=True)
         try:
-            at_call(count, files.__file__, die)
+            at_call(count, (files.__file__, manifest.__file__), die)
             assert checkpoints.save(1, policy, optimizer, {"evaluated": 1}, get_random_state()) == path
             break
         except Death:
             assert json.loads((path / "state.json").read_text())["evaluated"] in (0, 1)
+            assert find_damage(path) is None
         finally:
             sys.setprofile(None)
     state = Checkpoints(tmp_path, keep=2).load(path, *make_state())
     assert (state["epoch"], state["evaluated"]) == (1, 1)
     changed = [file.name for file, time in files_before.items() if file.stat().st_mtime_ns != time]
-    assert changed == ["state.json"]
+    assert sorted(changed) == ["manifest.json", "state.json"]
+    assert find_damage(path) is None
 
 
 def test_an_unfinished_state_file_is_removed(tmp_path):
@@ -270,13 +280,15 @@ def test_an_unfinished_state_file_is_removed(tmp_path):
     "file", ["state.json", "optimizer.safetensors", "random.safetensors", "weights/weights.safetensors"]
 )
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xff"])
-def test_a_damaged_checkpoint_is_named(tmp_path, file, content):
+def test_a_damaged_file_of_an_old_checkpoint_is_named(tmp_path, file, content):
+    """One without a manifest, which is not checked before it is read."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     path = save(checkpoints, 3, *make_state())
     (path / file).unlink()
     if content is not None:
         (path / file).write_bytes(content)
-    with pytest.raises(SettingError, match=f"^resume: the checkpoint {path} is damaged; remove it"):
+    named = path / file if "weights" not in file else path / "weights"
+    with pytest.raises(SettingError, match=f"^resume: {named} is damaged; remove its checkpoint to continue from"):
         checkpoints.load(path, *make_state())
 
 

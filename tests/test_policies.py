@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pcpo_fast import samplers
 from pcpo_fast.config import ModelSettings, SamplerSettings
@@ -276,7 +276,7 @@ def test_weights_come_back_bit_for_bit(models, family, tmp_path, tuning, dtype):
     ("settings", "message"),
     [
         ({"lora_rank": 2}, "does not fit this model with rank 2"),
-        ({"lora_target_modules": ("to_q",)}, "has layers that this model's adapter lacks"),
+        ({"lora_target_modules": ("to_q",)}, "have unexpected layers: .*to_k.*, .* more; resume with the run's own"),
     ],
 )
 def test_another_adapter_is_refused(model, tmp_path, settings, message):
@@ -288,8 +288,36 @@ def test_another_adapter_is_refused(model, tmp_path, settings, message):
 
 def test_a_denoiser_of_another_build_is_refused(model, tmp_path):
     make_policy(model, tuning="full").save(tmp_path)
-    with refused("model", "is not built as this model's; resume with the run's own model"):
+    with refused("model", "lack layers: .* more; resume with the run's own model"):
         make_policy("digits", tuning="full", resolution=None).load(tmp_path)
+
+
+def test_a_denoiser_of_other_widths_is_refused(model, tmp_path):
+    policy = make_policy(model, tuning="full")
+    state = {name: tensor[..., :1].contiguous() for name, tensor in policy.denoiser.state_dict().items()}
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    with refused("model", "does not fit this model: (.|\n)*size mismatch"):
+        policy.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tuning", "setting", "file"),
+    [
+        ("lora", "lora_target_modules", "pytorch_lora_weights.safetensors"),
+        ("full", "model", "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_weights_that_lack_layers_are_refused_by_name(model, tmp_path, tuning, setting, file):
+    """Fresh layers beside the moments of trained ones would be another run."""
+    make_policy(model, tuning=tuning).save(tmp_path)
+    tensors = load_file(tmp_path / file)
+    *kept, lacking = sorted(tensors)
+    save_file({name: tensors[name] for name in kept}, tmp_path / file)
+    policy = make_policy(model, tuning=tuning)
+    before = {name: tensor.clone() for name, tensor in policy.denoiser.state_dict().items()}
+    with refused(setting, f"the weights in {tmp_path} lack layers: {lacking.removeprefix('unet.')};"):
+        policy.load(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.denoiser.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Run folders: their lock, the settings a command line finds in them, and other first steps of a run."""
 
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from pcpo_fast import train
 from pcpo_fast.config import Config
@@ -113,3 +117,101 @@ def test_training_without_its_packages_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: training needs annotated_types; pip install 'pcpo-fast[train]'\n"
+
+
+# who holds a lock
+
+
+def test_a_killed_run_holds_no_lock(tmp_path):
+    code = (
+        "import os, sys, signal\n"
+        "from pcpo_fast.run_folder import run_folder\n"
+        "with run_folder(sys.argv[1], 'name', resume=True):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert (tmp_path / LOCK).read_text() != f"{os.getpid()} {socket.gethostname()}\n"
+    with run_folder(str(tmp_path), "name", resume=True):
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()} {socket.gethostname()}\n"
+
+
+def test_a_worker_that_a_killed_run_left_behind_is_named(tmp_path):
+    """A forked process has the lock of its parent, where the locks' library leaves it."""
+    code = (
+        "import fcntl, os, sys\n"
+        "lock = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print(os.getpid(), 'here', file=lock, flush=True)\n"
+        "child = os.fork()\n"
+        "if child:\n"
+        "    print(child, flush=True)\n"
+        "else:\n"
+        "    sys.stdin.read()\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / LOCK)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        child = int(process.stdout.readline())
+        process.wait()
+        with pytest.raises(SettingError) as error, run_folder(str(tmp_path), "name", resume=True):
+            pass
+    assert error.value.reason == (
+        f"{tmp_path} is in use by process {child}, whose lock names process {process.pid}; end {child} if a killed run "
+        "left it behind, or wait until it has finished, or give another folder"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "owner"),
+    [("", "process (unknown)"), ("77 host-b\n", "process 77 on host-b"), ("77\n", "process 77"), ("\0\xff", "process")],
+)
+def test_a_lock_of_another_machine_is_named_by_what_it_says(tmp_path, monkeypatch, content, owner):
+    """On a shared disk, where this system does not see who has the file open."""
+    monkeypatch.setattr(type(tmp_path), "samefile", lambda *paths: False)
+    with FileLock(tmp_path / LOCK).acquire(timeout=0):
+        (tmp_path / LOCK).write_bytes(content.encode("latin-1"))
+        with pytest.raises(SettingError, match=re.escape(f"{tmp_path} is in use by {owner}")):
+            run_folder(str(tmp_path), "name", resume=True).__enter__()
+    # nobody holds it now
+    with run_folder(str(tmp_path), "name", resume=True):
+        pass
+
+
+# broken and missing parts
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [("{", "cannot read"), ('{"epoch": 3}', "epoch: no setting"), (None, "Is a")]
+)
+def test_broken_settings_of_a_run_are_named(run, capsys, content, reason):
+    (run / "config.json").unlink()
+    if content is None:
+        (run / "config.json").mkdir()
+    else:
+        (run / "config.json").write_text(content)
+    assert main(["--output-dir", str(run), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --output-dir: {run} cannot be resumed without its settings: ")
+    assert reason in error and f"{run}/config.json" in error and "mend config.json, or write it anew" in error
+
+
+def test_the_preset_of_another_model_is_refused(run, capsys):
+    assert main(["digits", "--output-dir", str(run), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: preset: 'digits' was given, and the run in {run} trains 'digits-flow'; leave the")
+    assert parse(["digits-flow", "--output-dir", str(run), "--resume"])[1].model.model == "digits-flow"
+    # a preset with a model from a folder is the run's own
+    (run / "config.json").write_text(Config().replace(model="./my-pipeline").to_json())
+    assert parse(["sd15", "--output-dir", str(run), "--resume"])[1].model.model == "./my-pipeline"
+
+
+def test_a_run_folder_that_is_removed_is_one_error(tmp_path, monkeypatch, capfd):
+    """By its own command line, which made it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "digits"
+    monkeypatch.setattr(train, "_announce", lambda trainer: shutil.rmtree(folder))
+    few = {"prompts_per_epoch": 1, "group_size": 2, "micro_batch_size": 2, "num_inference_steps": 2, "eval_samples": 2}
+    settings = [text for name, value in few.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    assert main([*settings, "--epochs", "1"]) == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert error.startswith("error: --output-dir: runs/digits/") and "was removed or moved; put it back" in error
+    assert not folder.exists()

@@ -436,7 +436,8 @@ def test_one_study_at_a_time_in_a_folder(study_file, capsys):
     with FileLock("studies/mine/.lock").acquire():
         Path("studies/mine/.lock").write_text("17\n")
         assert pcpo(["study", "mine.yaml"]) == 2
-    assert "error: --output-dir: studies/mine is in use by process 17;" in capsys.readouterr().err
+    owner = f"process {os.getpid()}, whose lock names process 17;"
+    assert f"error: --output-dir: studies/mine is in use by {owner}" in capsys.readouterr().err
 
 
 def test_missing_packages(study_file, monkeypatch, capsys):

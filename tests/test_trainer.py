@@ -324,8 +324,9 @@ def test_an_average_may_begin_with_a_resumed_run(model, tmp_path, known):
     if not known:
         (path,) = tmp_path.glob("checkpoints/*/state.json")
         state = json.loads(path.read_text())
-        del state["ema_steps"]
+        del state["ema_steps"], state["manifest"]
         path.write_text(json.dumps(state))
+        (path.parent / "manifest.json").unlink()
     resumed = make_trainer(model, tmp_path, learning_rate=1e-3, ema_decay=0.9, resume=True)
     for shadow, parameter in zip(
         resumed.optimizer.ema.shadow_params, resumed.policy.trainable_parameters(), strict=True

@@ -202,38 +202,29 @@ class DiffusersPolicy:
         """Reads back, bit for bit, what `save` wrote for the same model and tuning.
 
         Raises:
-            SettingError: if the weights in `folder` are those of another adapter or another model.
+            SettingError: if the weights in `folder` are those of another adapter or another model, lack layers of this
+                one's, or have others.
         """
-        if self.settings.tuning == "full":
-            state = type(self.denoiser).from_pretrained(folder).state_dict()
-            try:
-                self.denoiser.load_state_dict(state)
-            except RuntimeError as error:
-                raise SettingError(
-                    "model", f"the denoiser in {folder} is not built as this model's; resume with the run's own model"
-                ) from error
-            return
-        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        prefix = f"{self.denoiser_name}."
         state = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in load_file(folder / "pytorch_lora_weights.safetensors").items()
+            name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()
         }
         try:
-            result = set_peft_model_state_dict(self.denoiser, state)
+            if self.settings.tuning == "full":
+                _check_layers(folder, "model", self.denoiser.state_dict(), state)
+                self.denoiser.load_state_dict(state)
+                return
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+            state = {name.removeprefix(f"{self.denoiser_name}."): tensor for name, tensor in state.items()}
+            _check_layers(folder, "lora_target_modules", get_peft_model_state_dict(self.denoiser), state)
+            set_peft_model_state_dict(self.denoiser, state)
         except RuntimeError as error:
+            name, rank = ("model", "") if self.settings.tuning == "full" else ("lora_rank", self.settings.lora_rank)
             raise SettingError(
-                "lora_rank",
-                f"the adapter in {folder} does not fit this model with rank {self.settings.lora_rank}: {error}",
+                name, f"what is in {folder} does not fit this model{rank and f' with rank {rank}'}: {error}"
             ) from error
-        if result is not None and result.unexpected_keys:
-            raise SettingError(
-                "lora_target_modules",
-                f"the adapter in {folder} has layers that this model's adapter lacks ({result.unexpected_keys[0]}, "
-                "...); resume with the run's own model and target modules",
-            )
 
     # hooks of a family of models
 
@@ -414,3 +405,15 @@ def _make_contiguous(module: torch.nn.Module, state: dict[str, Any], prefix: str
     for name, value in state.items():
         if isinstance(value, Tensor):
             state[name] = value.contiguous()
+
+
+def _check_layers(folder: Path, setting: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuses weights found in `folder` that lack layers of the model's own, or have others."""
+    for verb, names in (("lack", own.keys() - found.keys()), ("have unexpected", found.keys() - own.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise SettingError(
+                setting,
+                f"the weights in {folder} {verb} layers: {shown}; resume with the run's own model and target modules, "
+                "or bring the files back from a copy",
+            )
