@@ -226,7 +226,7 @@ def credit_map(study: Study, task: str) -> Figure | None:
     low, high = np.nanmin(shades), np.nanmax(shades)
     settings = study.tasks[task].get("settings") or {}
     flow = study.tasks[task].get("preset") == "digits-flow" and settings.get("sampler", "flow") == "flow"
-    # of Flow-SDE alone |output_coef| is proportional to the interval
+    # in Flow-SDE alone |output_coef| is proportional to the interval
     names = {(1.0, -1.0): "native", (0.0, 0.0): "constant", **({(1.0, 0.0): "zeta h"} if flow else {})}
     best = max(points, key=lambda point: last_reward(points[point]))
     for p, q in points:
