@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from pcpo_fast.files import write_atomically
 from pcpo_fast.reward_axis import RewardAxis
-from pcpo_fast.study.diagnostics import diagnosed, gradient_ends, last_reward, map_points, step_ends, timesteps_of
+from pcpo_fast.study.diagnostics import diagnosed, last_reward, map_points, measured_shares, step_ends, timesteps_of
 from pcpo_fast.study.frames import Array, Cell, Curve, Study
 from pcpo_fast.study.markdown import show_rate, words
 from pcpo_fast.study.measures import file_name
@@ -163,39 +163,23 @@ def learning_rates(study: Study) -> Figure | None:
 def steps(study: Study) -> Figure | None:
     """Clip rate and gradient norm by timestep, at the first and the last epoch."""
     sides = {"clip_fraction": "clipped rows, %", "gradient_norm_mean": "gradient norm at the model's output"}
-    return _by_step(study, step_ends, sides, "Clipping and gradient by timestep", "high noise at the left")
-
-
-def gradients(study: Study) -> Figure | None:
-    """Signal and noise of the parameter gradient by timestep, at the start and the end."""
-    sides = {"signal": "signal of the gradient", "variance": "variance of the gradient"}
-    return _by_step(study, gradient_ends, sides, "Measured signal and noise by timestep", "high noise at the left")
-
-
-def _by_step(
-    study: Study,
-    ends: Callable[[Cell], dict[int, dict[str, Array]]],
-    sides: Mapping[str, str],
-    title: str,
-    note: str,
-) -> Figure | None:
-    shown = {task: cells for task in study.tasks if (cells := [cell for cell in diagnosed(study, task) if ends(cell)])}
+    shown = {
+        task: found for task in study.tasks if (found := [cell for cell in diagnosed(study, task) if step_ends(cell)])
+    }
     figure, panels = _panels(2 * len(shown), height=3.3)
     for index, (task, cells) in enumerate(shown.items()):
         for side, (axes, key) in enumerate(zip(panels[2 * index : 2 * index + 2], sides, strict=True)):
             count = 0
             for cell in cells:
                 colour, _ = _look(study, task, cell.algorithm)
-                for (epoch, rows), style, marker in zip(ends(cell).items(), (":", "-"), ("o", "s"), strict=False):
+                for (epoch, rows), style, marker in zip(step_ends(cell).items(), (":", "-"), ("o", "s"), strict=False):
                     values = rows[key] * (100 if key == "clip_fraction" else 1)
                     count = max(count, len(values))
                     label = f"{_named(study, cell)}, epoch {epoch}"
                     look = {"linestyle": style, "marker": marker, "markersize": 3.5, "label": label}
                     axes.plot(np.arange(len(values)), values, color=colour, **look)
-            names = timesteps_of(cells[0], count)
-            every = max(1, math.ceil(count / 10))
-            axes.set_xticks(range(0, count, every), names[::every], rotation=45)
-            axes.set(xlabel="timestep", ylabel=sides[key])
+            _step_axis(axes, timesteps_of(cells[0], count))
+            axes.set_ylabel(sides[key])
             positive = [value for line in axes.lines for value in np.asarray(line.get_ydata(), float) if value > 0]
             if key != "clip_fraction" and positive:
                 axes.set_yscale("log")
@@ -205,7 +189,50 @@ def _by_step(
             else:
                 axes.set_ylim(bottom=0)
             _finish(axes, study.task_title(task), legend=side == 0)
-    return _titled(figure, title, bool(shown), note)
+    return _titled(figure, "Clipping and gradient by timestep", bool(shown), "high noise at the left")
+
+
+def gradients(study: Study) -> Figure | None:
+    """Of the base model: the signal of every step along the policy gradient, and the credit that follows."""
+    shown = {task: found for task in study.tasks if (found := measured_shares(study, task)) is not None}
+    figure, panels = _panels(2 * len(shown), height=3.3)
+    for index, (task, found) in enumerate(shown.items()):
+        signal, credit = panels[2 * index : 2 * index + 2]
+        places, names = np.arange(len(found.native)), timesteps_of(found.cell, len(found.native))
+        ends = np.array([[step.estimate - step.low, step.high - step.estimate] for step in found.along])
+        signal.errorbar(
+            places,
+            [step.estimate for step in found.along],
+            yerr=ends.T if np.isfinite(ends).all() else None,
+            color=OTHERS[0],
+            marker="o",
+            markersize=4,
+            linestyle="none",
+            label=f"n = {len(found.cell.runs)} seeds, with 95% intervals",
+        )
+        signal.axhline(0, color="0.5", linewidth=0.8)
+        signal.set_ylabel("signal along\nthe policy gradient")
+        even = np.where(found.variance > 0, found.native.sum() / (found.variance > 0).sum(), 0.0)
+        for values, name, colour in (
+            (found.native, "native", BASELINE),
+            (even, "constant", OTHERS[0]),
+            (found.share, "signal / variance", OTHERS[1]),
+        ):
+            credit.plot(places, values, color=colour, marker="o", markersize=3.5, label=name)
+        credit.set_ylabel("credit, with the same sum")
+        credit.set_ylim(bottom=0)
+        for axes in (signal, credit):
+            _step_axis(axes, names)
+            _finish(axes, study.task_title(task))
+    note = "measured on the base model; high noise at the left"
+    return _titled(figure, "Signal of the gradient by timestep, and the credit that follows", bool(shown), note)
+
+
+def _step_axis(axes: Axes, names: Sequence[str]) -> None:
+    """Timesteps along the horizontal axis, ten of them named."""
+    every = max(1, math.ceil(len(names) / 10))
+    axes.set_xticks(range(0, len(names), every), names[::every], rotation=45)
+    axes.set_xlabel("timestep")
 
 
 def credit_map(study: Study, task: str) -> Figure | None:
