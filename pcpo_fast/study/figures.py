@@ -18,9 +18,9 @@ from pcpo_fast.files import write_atomically
 from pcpo_fast.reward_axis import RewardAxis
 from pcpo_fast.study.diagnostics import diagnosed, last_reward, map_points, measured_shares, step_ends, timesteps_of
 from pcpo_fast.study.frames import Array, Cell, Curve, Study
-from pcpo_fast.study.markdown import show_rate, words
+from pcpo_fast.study.markdown import show_gain, show_rate, words
 from pcpo_fast.study.measures import file_name
-from pcpo_fast.study.statistics import mean_interval, position, value_at
+from pcpo_fast.study.statistics import NEVER, gain_of, mean_interval, position, value_at
 
 # Okabe and Ito's, which colour-blind readers can tell apart; black is the baseline's
 BASELINE = "#000000"
@@ -45,6 +45,44 @@ def save_figures(study: Mapping[str, Any], folder: Path) -> list[Path]:
         write_atomically(folder / name, content)
         paths.append(folder / name)
     return paths
+
+
+def gain(study: Study) -> Figure | None:
+    """Epochs saved to the middle target, every algorithm against its task's baseline: points with intervals."""
+    rows = []
+    for task in study.tasks:
+        target = study.middle_target(task)
+        if target is None:
+            continue
+        for pair in study.pairs_with_baseline(task, "best"):
+            found = gain_of(pair, target, "epoch")
+            if math.isfinite(found.gain.estimate) and found.verdict != NEVER:
+                rows.append((task, found))
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.27 * (len(rows) + len({task for task, _ in rows}))), layout="constrained")
+    axes, place, names, before = figure.subplots(), 0, [], None
+    for task, found in rows:
+        if task != before:
+            title = _plain(f"{study.task_title(task)}, to {found.target:g}")
+            axes.annotate(
+                title, (0, place), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8
+            )
+            place, before = place - 1, task
+        colour, _ = _look(study, task, found.algorithm)
+        low, high = (found.gain.low, found.gain.high) if found.gain.known else (found.gain.estimate,) * 2
+        axes.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=1.6)
+        axes.plot(100 * found.gain.estimate, place, color=colour, marker="o", markersize=4.5)
+        axes.annotate(
+            show_gain(found), (1, place), (4, 0), ("axes fraction", "data"), "offset points", va="center", fontsize=8
+        )
+        names.append((place, f"{_plain(study.algorithm_title(found.algorithm))}, n = {found.gain.n}"))
+        place -= 1
+    axes.axvline(0, color="0.5", linewidth=0.8, zorder=1)
+    axes.set_yticks([place for place, _ in names], [name for _, name in names])
+    axes.set_xlabel("epochs of the baseline / epochs - 1, %")
+    _finish(axes, "", legend=False)
+    axes.tick_params(axis="y", length=0)
+    note = "each at its best learning rate, with 95% intervals over seeds; ≥ and ≤ are bounds"
+    return _titled(figure, "Epochs to a reward, against the baseline", bool(rows), note)
 
 
 def reward_epochs(study: Study) -> Figure | None:
@@ -354,6 +392,7 @@ def _png(figure: Figure) -> bytes:
 
 
 FIGURES: dict[str, Callable[[Study], Figure | None]] = {
+    "gain": gain,
     "reward_epochs": reward_epochs,
     "reward_seconds": reward_seconds,
     "quality_reward": quality_reward,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from pcpo_fast.study.frames import Study
-from pcpo_fast.study.statistics import Gain, Interval
+from pcpo_fast.study.statistics import NEVER, Gain, Interval
 
 NONE = "-"
 
@@ -91,7 +91,7 @@ def bracket(interval: Interval, show: Callable[[float], str]) -> str:
 
 def show_gain(found: Gain) -> str:
     """A gain in percent with its interval, and the mark of a bound."""
-    if not math.isfinite(found.gain.estimate) or found.verdict == "never reached by either":
+    if not math.isfinite(found.gain.estimate) or found.verdict == NEVER:
         return NONE
     estimate = f"{found.bound} {percent(found.gain.estimate)}%".strip()
     return estimate + bracket(found.gain, percent)

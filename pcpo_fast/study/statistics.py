@@ -31,6 +31,7 @@ MIN_SEEDS = 3
 VERDICT_SEEDS = 5
 RESAMPLES = 9999
 NOT_SIGNIFICANT = "not significant"
+NEVER = "never reached by either"
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class Gain:
     def verdict(self) -> str:
         """What the interval allows."""
         if self.gain.n and self.baseline_censored == self.censored == self.gain.n:
-            return "never reached by either"
+            return NEVER
         if self.gain.n and not math.isfinite(self.gain.estimate):
             return "reached at the start"
         verdict = self.gain.verdict("faster", "slower")
