@@ -255,7 +255,7 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
 
     The algorithm is coded against the baseline. Every seed has a random intercept, and so has every run within it,
     since the evaluations of a run resemble each other. Where that does not converge, runs alone have one. Intervals and
-    p are of Student's t with one degree of freedom less than there are seeds; Wald's normal ones would be too narrow.
+    p are of Student's t with a degree of freedom less than the algorithm has seeds; Wald's normal ones are too narrow.
     """
     # numbers, as the names of algorithms could be read as formulas
     order = [baseline, *(cell.algorithm for cell in cells if cell.algorithm != baseline)]
@@ -271,8 +271,7 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
     present = sorted(set(frame["algorithm"]))
     if 0 not in present:
         return MixedModel(measure, "the baseline has no evaluations", ())
-    seeds = frame["seed"].nunique()
-    if len(present) < 2 or seeds < MIN_SEEDS:
+    if len(present) < 2 or frame["seed"].nunique() < MIN_SEEDS:
         return MixedModel(measure, "too few algorithms or seeds", ())
     if frame["quality"].nunique() < 2 or frame["reward"].nunique() < 2:
         return MixedModel(measure, "the measure or the reward does not vary", ())
@@ -289,6 +288,8 @@ def mixed_model(cells: Sequence[Cell], baseline: str, measure: str) -> MixedMode
             effects = []
             for code in present[1:]:
                 value, error = (fit.loc[f"C(algorithm)[T.{code}]"].to_numpy(float) * scale).tolist()
+                seeds = frame.loc[frame["algorithm"] == code, "seed"].nunique()
+                # with a single seed there is none, and all of these are NaN
                 half = error * stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1)
                 interval = Interval(value, value - half, value + half, seeds)
                 effects.append(Effect(order[code], interval, float(2 * stats.t.sf(abs(value) / error, seeds - 1))))

@@ -200,7 +200,7 @@ def mixed_models(study: Study) -> str:
             for effect in found.effects:
                 coefficient = signed(effect.coefficient.estimate) + bracket(effect.coefficient, signed)
                 verdict = effect.coefficient.verdict("more", "less")
-                p = "< 0.001" if effect.p < 0.001 else f"{effect.p:.3f}"
+                p = "< 0.001" if effect.p < 0.001 else fixed(effect.p)
                 title = study.algorithm_title(effect.algorithm)
                 rows.append([words(key), title, coefficient, p, found.intercepts, verdict])
         return [
