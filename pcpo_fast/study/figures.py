@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from pcpo_fast.files import write_atomically
 from pcpo_fast.reward_axis import RewardAxis
@@ -97,7 +99,7 @@ def reward_seconds(study: Study) -> Figure | None:
 
 def _rewards(study: Study, unit: str, label: str) -> Figure | None:
     cells = {task: found for task in study.tasks if (found := study.best_cells(task))}
-    figure, panels = _panels(len(cells), height=3.5)
+    figure, panels = _panels(len(cells), _most(cells))
     for (task, found), axes in zip(cells.items(), panels, strict=True):
         scale = RewardAxis([value for cell in found for curve in cell.curves.values() for value in curve["reward"]])
         for cell in found:
@@ -124,7 +126,7 @@ def _rewards(study: Study, unit: str, label: str) -> Figure | None:
 def quality_reward(study: Study) -> Figure | None:
     """Frechet distance and feature diversity against reward."""
     cells = {task: found for task in study.tasks if (found := study.best_cells(task))}
-    figure, panels = _panels(2 * len(cells), height=3.3)
+    figure, panels = _panels(2 * len(cells), _most(cells))
     for index, (task, found) in enumerate(cells.items()):
         scale = RewardAxis([value for cell in found for curve in cell.curves.values() for value in curve["reward"]])
         for axes, key in zip(panels[2 * index : 2 * index + 2], ("frechet_distance", "feature_diversity"), strict=True):
@@ -158,7 +160,7 @@ def learning_rates(study: Study) -> Figure | None:
     """Reward at a fixed quality against the learning rate."""
     swept = {task: [name for name in study.algorithms if study.sweep(task, name)] for task in study.tasks}
     swept = {task: names for task, names in swept.items() if names}
-    figure, panels = _panels(len(swept), height=3.5)
+    figure, panels = _panels(len(swept), _most(swept))
     for (task, names), axes in zip(swept.items(), panels, strict=True):
         found = {name: [rate for rate in study.sweep(task, name) if math.isfinite(rate.mean)] for name in names}
         scale = RewardAxis(
@@ -204,7 +206,7 @@ def steps(study: Study) -> Figure | None:
     shown = {
         task: found for task in study.tasks if (found := [cell for cell in diagnosed(study, task) if step_ends(cell)])
     }
-    figure, panels = _panels(2 * len(shown), height=3.3)
+    figure, panels = _panels(2 * len(shown), 2 * _most(shown))
     for index, (task, cells) in enumerate(shown.items()):
         for side, (axes, key) in enumerate(zip(panels[2 * index : 2 * index + 2], sides, strict=True)):
             count = 0
@@ -233,7 +235,7 @@ def steps(study: Study) -> Figure | None:
 def gradients(study: Study) -> Figure | None:
     """Of the base model: the signal of every step along the policy gradient, and the credit that follows."""
     shown = {task: found for task in study.tasks if (found := measured_shares(study, task)) is not None}
-    figure, panels = _panels(2 * len(shown), height=3.3)
+    figure, panels = _panels(2 * len(shown), 3)
     for index, (task, found) in enumerate(shown.items()):
         signal, credit = panels[2 * index : 2 * index + 2]
         places, names = np.arange(len(found.native)), timesteps_of(found.cell, len(found.native))
@@ -348,9 +350,14 @@ def _named(study: Study, cell: Cell) -> str:
     return f"{_plain(study.algorithm_title(cell.algorithm))}, {show_rate(cell.learning_rate)}, n = {len(cell.curves)}"
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, two in a row."""
-    rows = max(1, math.ceil(count / 2))
+def _most(found: Mapping[str, Sequence[Any]]) -> int:
+    """The largest number of curves that a task has."""
+    return max(map(len, found.values()), default=0)
+
+
+def _panels(count: int, entries: int) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, two in a row, with room for the `entries` of a legend below each."""
+    rows, height = max(1, math.ceil(count / 2)), 3.0 + 0.17 * entries
     figure = Figure(figsize=(WIDTH if count != 1 else WIDTH * 0.75, height * rows + 0.5), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, min(2, max(1, count)), squeeze=False)).ravel().tolist()
     for spare in axes[count:]:
@@ -364,7 +371,7 @@ def _plain(title: str) -> str:
 
 
 def _finish(axes: Axes, title: str, legend: bool = True) -> None:
-    axes.set_title(_plain(title), fontsize=9)
+    axes.set_title(textwrap.fill(_plain(title), 52), fontsize=9)
     axes.grid(True, color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8)
@@ -373,8 +380,13 @@ def _finish(axes: Axes, title: str, legend: bool = True) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if legend and axes.get_legend_handles_labels()[0]:
-        # below the panel, where it hides nothing
-        axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3))
+        # below the panel and its labels, where it hides nothing
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        below = axes.transAxes + ScaledTranslation(0, -0.6, figure.dpi_scale_trans)
+        axes.legend(
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, borderpad=0
+        )
 
 
 def _titled(figure: Figure, title: str, drawn: bool, note: str) -> Figure | None:
