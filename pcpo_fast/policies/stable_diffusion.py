@@ -20,7 +20,7 @@ class StableDiffusionPolicy(DiffusersPolicy):
 
     @classmethod
     def load_arguments(cls, settings):
-        return {"safety_checker": None, "requires_safety_checker": False}
+        return {"requires_safety_checker": False}
 
     def embed(self, prompt):
         embeddings, _ = self.encode_prompt(prompt, num_images_per_prompt=1, do_classifier_free_guidance=False)
