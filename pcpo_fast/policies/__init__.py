@@ -18,12 +18,25 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import SettingError
-from pcpo_fast.policies.sources import UNUSED, Files, check_programs, open_model
+from pcpo_fast.policies.sources import EMBEDDED, UNUSED, Files, check_programs, check_variant, open_model
 from pcpo_fast.samplers import Schedule
 
 if TYPE_CHECKING:
     from pcpo_fast.config import ModelSettings
     from pcpo_fast.policies.diffusers import DiffusersPolicy
+
+__all__ = [
+    "DTYPES",
+    "EMBEDDED",
+    "FAMILIES",
+    "Conditioning",
+    "ModelSource",
+    "Policy",
+    "find_device",
+    "find_family",
+    "find_model",
+    "load_policy",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # the policy of each diffusers pipeline class, as module:class
@@ -196,9 +209,9 @@ class ModelSource:
         return find_device(self.settings.device)
 
     @property
-    def side(self) -> int:
+    def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self.settings.resolution or self.policy_class.default_side(self._denoiser_config, self._vae_scale_factor)
+        return self.policy_class.size(self.settings, self._denoiser_config, self._vae_scale_factor)
 
     def schedule(self) -> Schedule:
         """The schedule that the policy will have; reads the scheduler's configuration."""
@@ -224,6 +237,7 @@ class ModelSource:
             pipeline = getattr(diffusers, self.kind).from_pretrained(
                 self._files.location,
                 revision=self._files.revision,
+                variant=settings.variant,
                 torch_dtype={
                     "default": dtype,
                     policy_class.denoiser_name: dtype if settings.tuning == "lora" else torch.float32,
@@ -256,10 +270,35 @@ def find_model(settings: ModelSettings) -> ModelSource:
     for name in (policy_class.denoiser_name, "vae", "scheduler"):
         if not isinstance(index.get(name), list) or index[name] == [None, None]:
             raise SettingError("model", f"{model!r} has no {name} in its model_index.json, and a {kind} needs one")
-    denoiser_config = files.read(f"{policy_class.denoiser_name}/config.json")
-    scale = 2 ** (len(files.read("vae/config.json")["block_out_channels"]) - 1)
+    # imports this module
+    from pcpo_fast.policies.checks import check_call
+
+    classes = {name: part[1] for name, part in index.items() if isinstance(part, list) and part != [None, None]}
+    configured = [name for name in classes if name in (policy_class.denoiser_name, "vae") or "text_encoder" in name]
+    configs = {name: files.read(f"{name}/config.json") for name in configured}
+    check_call(policy_class, model, classes, configs)
+    denoiser_config = configs[policy_class.denoiser_name]
+    scale = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     policy_class.check(settings, denoiser_config, scale)
+    if settings.lora_path is not None:
+        _check_adapter(settings, policy_class, index, denoiser_config)
+    if not isinstance(files.location, str):
+        check_variant(files.folder / policy_class.denoiser_name, settings.variant)
     return ModelSource(settings, kind, policy_class, files, index, denoiser_config, scale)
+
+
+def _check_adapter(
+    settings: ModelSettings, policy_class: type[DiffusersPolicy], index: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Refuses an adapter to start from that does not fit the denoiser, which is built without weights to see that."""
+    import diffusers
+
+    from pcpo_fast.policies.adapters import add_saved_adapter
+
+    adapter = policy_class.read_adapter(settings)
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, index[policy_class.denoiser_name][1]).from_config(dict(config))
+        add_saved_adapter(denoiser, adapter)
 
 
 def load_policy(settings: ModelSettings, *, decode_batch: int, keep_reference: bool) -> DiffusersPolicy:

@@ -175,6 +175,24 @@ def _check_part(model: str, folder: Path) -> None:
                 )
 
 
+def check_variant(folder: Path, variant: str | None) -> None:
+    """Refuses a variant that the denoiser's `folder` lacks, and none where it holds nothing but variants.
+
+    Raises:
+        SettingError: with the variants that are there.
+    """
+    parts = [path.name.split(".") for path in folder.glob("*") if path.suffix in WEIGHTS]
+    # model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    found = {name[1].partition("-")[0] if len(name) > 2 else None for name in parts}
+    if found and variant not in found:
+        there = " or ".join(f"--variant {name}" for name in sorted(filter(None, found)))
+        raise SettingError(
+            "variant",
+            f"{f'{variant!r} is not in' if variant else 'is not set, and only variants are in'} {folder}; use "
+            f"{' or '.join(filter(None, ['none' if None in found else '', there]))}",
+        )
+
+
 def _entries(content: Any) -> Iterator[tuple[str, Any]]:
     """Every key with its value, at any depth."""
     if isinstance(content, dict):
