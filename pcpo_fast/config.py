@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pcpo_fast.advantages import Baseline
 from pcpo_fast.errors import SettingError
+from pcpo_fast.files import read_yaml
 from pcpo_fast.samplers import Credit
 
 Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "xformers", "flash"]
@@ -41,8 +42,15 @@ class ModelSettings:
     model: str = "digits"
     """Diffusers pipeline: a local folder, a hub name, or an embedded model, "digits" or "digits-flow".
     Stable Diffusion 1, 2, XL, 3 and 3.5, and FLUX.1 are supported."""
+    variant: str | None = None
+    """Variant of the weights' files that are read, such as fp16."""
     tuning: Literal["lora", "full"] = "lora"
     """Train LoRA adapters, or the whole denoiser."""
+    lora_path: str | None = None
+    """LoRA adapter to start from: a folder or .safetensors file that diffusers or PEFT saved.
+    It keeps its own rank, scale and layers."""
+    kl_reference: Literal["start", "base"] = "start"
+    """Model that kl_weight pulls towards: the one that training starts from, or the base without lora_path."""
     lora_rank: Count = 4
     """Rank of the LoRA adapters."""
     lora_alpha: Count = 4
@@ -72,13 +80,29 @@ class ModelSettings:
     """Recompute the denoiser's activations in the backward pass to save memory."""
     resolution: Count | None = None
     """Height and width of the images in pixels; None selects the model's default."""
+    height: Count | None = None
+    """Height of the images in pixels, where they are not squares; None means resolution."""
+    width: Count | None = None
+    """Width of the images in pixels, where they are not squares; None means resolution."""
+    scheduler: Literal["model", "ddim", "flow"] = "model"
+    """Noise schedule: that of the model's own scheduler; or its configuration as a DDIM or a flow-matching Euler
+    scheduler, for a model that was trained for one and comes with another."""
     guidance_scale: Annotated[float, Ge(1)] = 5.0
     """Guidance scale in sampling and training: classifier-free guidance (1 turns it off), or FLUX's guidance input."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance steers away from; None means what the pipeline does without one."""
 
     def check(self) -> None:
         if self.lora_target_modules is not None and self.tuning == "full":
             raise SettingError(
                 "lora_target_modules", "applies to tuning lora, and tuning is full; leave it out, or use tuning lora"
+            )
+        if self.lora_path is not None and (self.tuning == "full" or self.lora_target_modules is not None):
+            other = "tuning full trains no adapter" if self.tuning == "full" else "it has its own lora_target_modules"
+            raise SettingError("lora_path", f"{self.lora_path!r} was given, and {other}; leave out one of the two")
+        if self.negative_prompt is not None and self.guidance_scale == 1:
+            raise SettingError(
+                "negative_prompt", "has no effect with guidance_scale 1; leave it out, or raise guidance_scale"
             )
 
 
@@ -336,36 +360,6 @@ def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in _grouped(values).items():
         _validate(type(getattr(Config(), name)), given)
     return values
-
-
-def read_yaml(text: str) -> Any:
-    """The content of a YAML document, with 1e-4 as a number.
-
-    Raises:
-        ValueError: for what is no YAML, and for a key that is written twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-4 as a string. PyYAML keeps the last of two equal keys, which YAML forbids."""
-
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise ValueError(f"line {line}: {key.value!r} is written twice; keep one of the two")
-                seen.add(key.value if isinstance(key.value, str) else None)
-            return node
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

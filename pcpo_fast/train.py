@@ -36,7 +36,7 @@ imported only if the command line names them, too, or has --trust-rewards."""
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 # settings that a resumed run cannot change
-KEPT = ("model", "tuning", "lora_rank", "lora_alpha", "lora_target_modules")
+KEPT = ("model", "tuning", "lora_path", "lora_rank", "lora_alpha", "lora_target_modules")
 # settings that may name functions of the user's own, as module:function
 OWN = ("rewards", "eval_rewards", "sampler")
 # dynamo recompiles: block kinds x latent shapes x {grad, no grad}, with headroom
@@ -211,7 +211,7 @@ def _try_out(config: Config, source: ModelSource, rewards: Rewards | None) -> No
     """Calls every reward once, so that one which fails does so before the model is loaded. There is no time limit: a
     reward may load a model at its first call."""
     for functions in reward_sets(config.data, rewards):
-        functions.try_out(load_prompts(config.data.prompts), source.side, source.device)
+        functions.try_out(load_prompts(config.data.prompts), source.size, source.device)
 
 
 def _set_globals(config: Config) -> None:
@@ -239,8 +239,9 @@ def _announce(trainer: Trainer) -> None:
     config, policy = trainer.config, trainer.policy
     parameters = sum(parameter.numel() for parameter in policy.trainable_parameters())
     start = f"from the checkpoint of epoch {trainer.epoch}" if trainer.epoch else "from the beginning"
+    tuning = config.model.tuning + (f" from {config.model.lora_path}" if config.model.lora_path is not None else "")
     say(
-        f"{config.model.model} on {policy.device}, {config.model.dtype}, {config.model.tuning} ({parameters:,} trained "
+        f"{config.model.model} on {policy.device}, {config.model.dtype}, {tuning} ({parameters:,} trained "
         f"parameters), objective {config.loss.objective}, credit {config.sampler.credit}, rewards "
         f"{', '.join(trainer.rewards.rewards)}; also measured: {', '.join(trainer.eval_rewards.rewards) or 'nothing'}",
         f"{config.run.epochs} epochs of {config.run.samples_per_epoch} images, {start}; run folder {trainer.folder}",

@@ -1,5 +1,7 @@
 """Tables of diffusers' diffusion schedulers, and the door that both families share."""
 
+import itertools
+import re
 import subprocess
 import sys
 
@@ -177,6 +179,74 @@ def test_zero_terminal_snr_has_no_epsilon(credit, name):
     # both are ways out
     StepTable.from_scheduler(zero_terminal_snr(name, "epsilon", "leading"), 20, credit=credit)
     StepTable.from_scheduler(build_scheduler(name, timestep_spacing="trailing"), 20, credit=credit)
+
+
+# a refusal names one of these
+NAMED = r"zero terminal SNR|steps_offset=\d|every step is deterministic|eta=1.0 asks for more variance"
+
+
+def textbook(alpha, next_alpha, prediction_type, x, m, z):
+    """A DDPM-variance DDIM step from the predicted sample and noise, in float64."""
+    a, b = alpha**0.5, (1 - alpha) ** 0.5
+    if prediction_type == "epsilon":
+        sample, noise = (x - b * m) / a, m
+    elif prediction_type == "v_prediction":
+        sample, noise = a * x - b * m, a * m + b * x
+    else:
+        sample, noise = m, (x - a * m) / b
+    variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
+    # the root of 1 - next_alpha - variance, without their difference
+    direction = (1 - next_alpha) * (alpha / next_alpha / (1 - alpha)) ** 0.5
+    return next_alpha**0.5 * sample + direction * noise + variance**0.5 * z
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules_at_their_limits_are_the_textbook_or_refused(name, zero_snr):
+    """Every spacing, offset, last alpha and prediction, with one step, some and all of them."""
+    x, m, z = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    finals = {
+        "DDIMScheduler": [{"set_alpha_to_one": True}, {"set_alpha_to_one": False}],
+        "PNDMScheduler": [{"set_alpha_to_one": True}, {"set_alpha_to_one": False}],
+        "EulerDiscreteScheduler": [{"final_sigmas_type": "zero"}, {"final_sigmas_type": "sigma_min"}],
+    }
+    betas = build_scheduler("DDIMScheduler", rescale_betas_zero_snr=zero_snr).betas.numpy()
+    predictions = ["epsilon", "v_prediction"] + (["sample"] if name != "EulerDiscreteScheduler" else [])
+    spacings, counts = ("leading", "trailing", "linspace"), (1, 2, 7, 1000)
+    tried = refused = 0
+    for spacing, offset, final, prediction_type in itertools.product(
+        spacings, (0, 1), finals.get(name, [{}]), predictions
+    ):
+        scheduler = build_scheduler(
+            name,
+            timestep_spacing=spacing,
+            steps_offset=offset,
+            prediction_type=prediction_type,
+            trained_betas=betas,
+            **final,
+        )
+        alphas = scheduler.alphas_cumprod.double()
+        ends_at_one = final.get("set_alpha_to_one", final.get("final_sigmas_type", "zero") == "zero")
+        last = 1.0 if ends_at_one else float(alphas[0])
+        for count in counts:
+            tried += 1
+            try:
+                table = StepTable.from_scheduler(scheduler, count, credit="native")
+            except ValueError as error:
+                assert re.search(NAMED, str(error)), (spacing, offset, final, prediction_type, count, str(error))
+                refused += 1
+                continue
+            assert len(table) == count
+            at = [float(alphas[index]) for index in table.timesteps]
+            for row in {0, 1, count // 2, count - 2, count - 1} & set(range(count)):
+                expected = textbook(at[row], [*at, last][row + 1], prediction_type, x, m, z)
+                ours = table.sample_coef[row] * x + table.output_coef[row] * m + table.std[row] * z
+                # the table takes that difference: where it is 0, the root of its last digit is left
+                torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-7)
+            assert bool(table.rows.isfinite().all()) and bool((table.std >= 0).all())
+            # nearly-zero alphas take part in no mean
+            assert not bool((table.epsilon_weight.abs() > 50)[[alpha < 1e-6 for alpha in at]].any())
+    assert 0 < refused < tried / 2
 
 
 @pytest.mark.parametrize(

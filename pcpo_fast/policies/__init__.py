@@ -7,12 +7,10 @@ family of models is a file beside it. `find_model` checks everything about a pip
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
-import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,16 +18,27 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.errors import SettingError
+from pcpo_fast.policies.sources import EMBEDDED, UNUSED, Files, check_programs, check_variant, open_model
 from pcpo_fast.samplers import Schedule
 
 if TYPE_CHECKING:
     from pcpo_fast.config import ModelSettings
     from pcpo_fast.policies.diffusers import DiffusersPolicy
 
+__all__ = [
+    "DTYPES",
+    "EMBEDDED",
+    "FAMILIES",
+    "Conditioning",
+    "ModelSource",
+    "Policy",
+    "find_device",
+    "find_family",
+    "find_model",
+    "load_policy",
+]
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DIGITS = Path(__file__).parent.parent / "digits"
-# the models that come with the package
-EMBEDDED = {"digits": DIGITS / "diffusion", "digits-flow": DIGITS / "flow"}
 # the policy of each diffusers pipeline class, as module:class
 FAMILIES = {
     "StableDiffusionPipeline": "pcpo_fast.policies.stable_diffusion:StableDiffusionPolicy",
@@ -182,15 +191,14 @@ class ModelSource:
 
     Attributes:
         settings: the model's settings.
-        location: its folder, or its name on the hub.
         kind: its pipeline class, such as "FluxPipeline".
         policy_class: the policy of that class.
     """
 
     settings: ModelSettings
-    location: Path | str
     kind: str
     policy_class: type[DiffusersPolicy]
+    _files: Files
     _index: Mapping[str, Any]
     _denoiser_config: Mapping[str, Any]
     _vae_scale_factor: int
@@ -201,17 +209,20 @@ class ModelSource:
         return find_device(self.settings.device)
 
     @property
-    def side(self) -> int:
+    def size(self) -> tuple[int, int]:
         """Height and width of the images in pixels."""
-        return self.settings.resolution or self.policy_class.default_side(self._denoiser_config, self._vae_scale_factor)
+        return self.policy_class.size(self.settings, self._denoiser_config, self._vae_scale_factor)
 
     def schedule(self) -> Schedule:
         """The schedule that the policy will have; reads the scheduler's configuration."""
         import diffusers
 
-        scheduler_class = getattr(diffusers, self._index["scheduler"][1])
-        with _reading(self.location):
-            scheduler = scheduler_class.from_pretrained(self.location, subfolder="scheduler")
+        name = self._index["scheduler"][1]
+        scheduler_class = getattr(diffusers, name, None)
+        if scheduler_class is None or not issubclass(scheduler_class, diffusers.SchedulerMixin):
+            raise SettingError("model", f"{self.settings.model!r} has the scheduler {name}, which diffusers has not")
+        with self._files.loading():
+            scheduler = scheduler_class.from_pretrained(self._files.folder, subfolder="scheduler")
         return self.policy_class.schedule_of(scheduler, self.settings, self._denoiser_config, self._vae_scale_factor)
 
     def load(self, *, decode_batch: int, keep_reference: bool) -> DiffusersPolicy:
@@ -220,11 +231,13 @@ class ModelSource:
 
         settings, policy_class = self.settings, self.policy_class
         dtype = DTYPES[settings.dtype]
-        # parts that the folder was saved without
-        absent = {name: None for name, part in self._index.items() if part == [None, None]}
-        with _reading(self.location):
+        # parts that the folder was saved without, and parts that nobody calls
+        absent = {name: None for name, part in self._index.items() if part == [None, None] or name in UNUSED}
+        with self._files.loading():
             pipeline = getattr(diffusers, self.kind).from_pretrained(
-                self.location,
+                self._files.location,
+                revision=self._files.revision,
+                variant=settings.variant,
                 torch_dtype={
                     "default": dtype,
                     policy_class.denoiser_name: dtype if settings.tuning == "lora" else torch.float32,
@@ -237,35 +250,55 @@ class ModelSource:
 def find_model(settings: ModelSettings) -> ModelSource:
     """Finds the pipeline that `settings.model` names and checks all settings of the model, without loading weights.
 
-    Reads `model_index.json` and the configurations of the denoiser and the autoencoder.
+    Reads `model_index.json` and the configurations of the pipeline's parts.
 
     Raises:
-        SettingError: for a model that cannot be found or has no policy, a device or attention backend that this machine
-            cannot run, and settings that the model lacks.
+        SettingError: for a model that cannot be found, has no policy or names a program of its own, a device or
+            attention backend that this machine cannot run, and settings that the model lacks.
     """
     find_device(settings.device)
     model = settings.model
-    folder = EMBEDDED.get(model, Path(model).expanduser())
-    # a hub name has the form owner/name and is no path on this machine
-    is_path = model in EMBEDDED or model[:1] in ("", ".", "/", "~") or model.count("/") != 1 or folder.parent.exists()
-    if is_path and not (folder / "model_index.json").is_file():
-        raise SettingError(
-            "model",
-            f"{model!r} is not a diffusers pipeline: {model}/model_index.json not found; give a folder that "
-            f"DiffusionPipeline.save_pretrained wrote, a hub name (owner/name), or {' or '.join(EMBEDDED)}",
-        )
-    location = folder if is_path else model
-    index = _read(location, "model_index.json")
+    files = open_model(model)
+    index = files.read("model_index.json")
     kind = index.get("_class_name")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise SettingError(
             "model", f"{model!r} is a {kind}, for which there is no policy; give a {', '.join(FAMILIES)}"
         )
+    check_programs(model, files, index)
     policy_class = find_family(kind)
-    denoiser_config = _read(location, f"{policy_class.denoiser_name}/config.json")
-    scale = 2 ** (len(_read(location, "vae/config.json")["block_out_channels"]) - 1)
+    for name in (policy_class.denoiser_name, "vae", "scheduler"):
+        if not isinstance(index.get(name), list) or index[name] == [None, None]:
+            raise SettingError("model", f"{model!r} has no {name} in its model_index.json, and a {kind} needs one")
+    # imports this module
+    from pcpo_fast.policies.checks import check_call
+
+    classes = {name: part[1] for name, part in index.items() if isinstance(part, list) and part != [None, None]}
+    configured = [name for name in classes if name in (policy_class.denoiser_name, "vae") or "text_encoder" in name]
+    configs = {name: files.read(f"{name}/config.json") for name in configured}
+    check_call(policy_class, model, classes, configs)
+    denoiser_config = configs[policy_class.denoiser_name]
+    scale = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
     policy_class.check(settings, denoiser_config, scale)
-    return ModelSource(settings, location, kind, policy_class, index, denoiser_config, scale)
+    if settings.lora_path is not None:
+        _check_adapter(settings, policy_class, index, denoiser_config)
+    if not isinstance(files.location, str):
+        check_variant(files.folder / policy_class.denoiser_name, settings.variant)
+    return ModelSource(settings, kind, policy_class, files, index, denoiser_config, scale)
+
+
+def _check_adapter(
+    settings: ModelSettings, policy_class: type[DiffusersPolicy], index: Mapping[str, Any], config: Mapping[str, Any]
+) -> None:
+    """Refuses an adapter to start from that does not fit the denoiser, which is built without weights to see that."""
+    import diffusers
+
+    from pcpo_fast.policies.adapters import add_saved_adapter
+
+    adapter = policy_class.read_adapter(settings)
+    with torch.device("meta"):
+        denoiser = getattr(diffusers, index[policy_class.denoiser_name][1]).from_config(dict(config))
+        add_saved_adapter(denoiser, adapter)
 
 
 def load_policy(settings: ModelSettings, *, decode_batch: int, keep_reference: bool) -> DiffusersPolicy:
@@ -308,32 +341,3 @@ def find_device(name: str) -> torch.device:
             "or install a PyTorch build for your GPU",
         )
     return device
-
-
-@contextlib.contextmanager
-def _reading(location: Path | str) -> Iterator[None]:
-    """Makes errors of files that are missing or damaged name the model."""
-    try:
-        yield
-    except OSError as error:
-        raise SettingError("model", f"{location} could not be loaded: {error}") from error
-
-
-def _read(location: Path | str, name: str) -> dict[str, Any]:
-    """A JSON file of a pipeline, in a folder or on the hub."""
-    if isinstance(location, Path):
-        path = location / name
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(location, name))
-        except (OSError, ValueError) as error:
-            raise SettingError("model", f"{location}/{name} could not be read from the hub: {error}") from error
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError("model", f"{path} could not be read: {error}") from error
-    if not isinstance(values, dict):
-        raise SettingError("model", f"{path} does not hold a JSON object")
-    return values

@@ -7,7 +7,6 @@ takes; `docs/policies.md` lists what it may override.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,19 +18,14 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from pcpo_fast.errors import SettingError
-from pcpo_fast.policies import DTYPES, Conditioning, find_device
-from pcpo_fast.policies.attention import PACKAGES, SDPA_KERNELS, check_package
+from pcpo_fast.policies import DTYPES, Conditioning, adapters, find_device
+from pcpo_fast.policies.attention import PACKAGES, SDPA_KERNELS
+from pcpo_fast.policies.checks import check_call, check_settings
 from pcpo_fast.samplers import Schedule
+from pcpo_fast.samplers.schedulers import convert
 
 if TYPE_CHECKING:
     from pcpo_fast.config import ModelSettings
-
-# settings that only some families take: the default, and what the others lack
-OPTIONAL_SETTINGS: dict[str, tuple[object, str]] = {
-    "max_sequence_length": (None, "no text encoder whose number of tokens can be set"),
-    "t5": (True, "no T5 encoder that can be left out"),
-    "channels_last": (False, "no convolutions in its denoiser"),
-}
 
 
 class DiffusersPolicy:
@@ -46,7 +40,8 @@ class DiffusersPolicy:
         pipeline: a diffusers pipeline of the family, which the policy moves, freezes and trains.
         settings: the model's settings.
         decode_batch: images that the autoencoder decodes at a time.
-        keep_reference: whether `predict_reference` will be called. Full tuning then keeps a copy of the denoiser.
+        keep_reference: whether `predict_reference` will be called. Full tuning, and an adapter that was given, then
+            keep a copy of the trained weights.
 
     Raises:
         SettingError: for settings that the model or this machine lacks.
@@ -54,11 +49,18 @@ class DiffusersPolicy:
 
     # the denoiser's name in the pipeline
     denoiser_name: ClassVar[str] = "transformer"
+    # the classes of the denoiser and the autoencoder; None takes any
+    denoiser_class: ClassVar[str | None] = None
+    vae_class: ClassVar[str | None] = "AutoencoderKL"
+    # entries of the denoiser's configuration that change how it is called, with the values that are served
+    served: ClassVar[dict[str, tuple[object, ...]]] = {}
+    # latent cells whose channels the denoiser takes as one
+    cells_per_token: ClassVar[int] = 1
     # ends of the names of the layers that get an adapter by default
     lora_target_modules: ClassVar[tuple[str, ...]]
     # the classes of the denoiser's blocks that `compile` compiles
     transformer_blocks: ClassVar[tuple[str, ...]]
-    # those of OPTIONAL_SETTINGS that the family takes
+    # those of checks.OPTIONAL_SETTINGS that the family takes
     optional_settings: ClassVar[tuple[str, ...]] = ()
     # those of attention.PACKAGES that diffusers offers for the family
     attention_packages: ClassVar[tuple[str, ...]] = ("xformers",)
@@ -69,6 +71,10 @@ class DiffusersPolicy:
         self.pipeline, self.settings = pipeline, settings
         self.denoiser = getattr(pipeline, self.denoiser_name)
         config, scale = self.denoiser.config, pipeline.vae_scale_factor
+        parts = {name: part for name, part in pipeline.components.items() if part is not None}
+        configs = {name: parts[name].config.to_dict() for name in self._text_encoder_names()}
+        configs |= {self.denoiser_name: config, "vae": pipeline.vae.config}
+        check_call(type(self), settings.model, {name: type(part).__name__ for name, part in parts.items()}, configs)
         self.check(settings, config, scale)
         self.device = find_device(settings.device)
         self.dtype = DTYPES[settings.dtype]
@@ -81,24 +87,27 @@ class DiffusersPolicy:
             module.requires_grad_(False).eval().to(self.device)
         if self.dtype == torch.float16 and pipeline.vae.config.force_upcast:
             pipeline.vae.to(torch.float32)
-        # before any adapter: the weights that the KL term pulls towards
-        self._frozen = copy.deepcopy(self.denoiser) if keep_reference and settings.tuning == "full" else None
-        if settings.tuning == "lora":
-            self._add_adapter()
-        else:
+        if settings.tuning == "full":
             self.denoiser.float().requires_grad_(True)
+        elif settings.lora_path is not None:
+            adapters.add_saved_adapter(self.denoiser, self.read_adapter(settings))
+        else:
+            adapters.add_adapter(self.denoiser, settings, self.lora_target_modules)
         if settings.channels_last:
             pipeline.vae.to(memory_format=torch.channels_last)
         self._attention = SDPA_KERNELS.get(settings.attention)
-        for denoiser in filter(None, (self.denoiser, self._frozen)):
-            self._set_execution(denoiser)
+        self._set_execution()
+        # the weights that the KL term pulls towards; a new adapter's change nothing and can be left out
+        self._keeps = settings.tuning == "full" or (settings.lora_path is not None and settings.kl_reference == "start")
+        weights = self.trainable_parameters() if keep_reference and self._keeps else []
+        self._start = [weight.detach().clone() for weight in weights]
 
-        self.side = settings.resolution or self.default_side(config, scale)
-        self.latent_shape = self.latent_shape_at(self.side // scale)
+        self.height, self.width = self.size(settings, config, scale)
+        self.latent_shape = self.latent_shape_at(self.height // scale, self.width // scale)
         # each prompt is encoded once; in main memory, as there may be many
         self._encoded: dict[str, Conditioning] = {}
         # the conditioning that guidance steers away from, or None without classifier-free guidance
-        self.uncond = self.embed_empty().to(self.device) if self.uses_cfg() else None
+        self.uncond = self.embed_negative().to(self.device) if self.uses_cfg() else None
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of N prompts, on the device. The text encoders see every prompt once.
@@ -128,15 +137,16 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def predict_reference(self, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output of the model as it was before training: without its adapter, or a frozen copy's.
+        """The output of the model as it was before training, or of the base model (`kl_reference`).
 
         Raises:
-            ValueError: with full tuning and without `keep_reference`.
+            ValueError: without `keep_reference` where that needs a copy of the weights.
         """
-        if self._frozen is not None:
-            return self._guided(self._frozen, sample, timestep, conditioning)
-        if self.settings.tuning == "full":
-            raise ValueError("with full tuning there is no reference model; make the policy with keep_reference=True")
+        if self._keeps:
+            if not self._start:
+                raise ValueError("the weights before training were not kept; make the policy with keep_reference=True")
+            with self._at_start():
+                return self._guided(self.denoiser, sample, timestep, conditioning)
         self.denoiser.disable_adapters()
         try:
             return self._guided(self.denoiser, sample, timestep, conditioning)
@@ -169,13 +179,13 @@ class DiffusersPolicy:
         adapter, dtype, resolution or guidance scale. Weights that change in place do not count."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        adapters = tuple(
+        layers = tuple(
             (module.disable_adapters, tuple(module.active_adapters), tuple(getattr(module, "scaling", {}).values()))
             for module in self.denoiser.modules()
             if isinstance(module, BaseTunerLayer)
         )
         weights = tuple(parameter.data_ptr() for parameter in self.denoiser.parameters())
-        return self.dtype, self.latent_shape, self.guidance_scale, adapters, weights
+        return self.dtype, self.latent_shape, self.guidance_scale, layers, weights
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The float32 parameters that the optimizer updates, in a fixed order."""
@@ -186,17 +196,8 @@ class DiffusersPolicy:
         whole denoiser for its class's `from_pretrained(folder)`."""
         if self.settings.tuning == "full":
             self.denoiser.save_pretrained(folder)
-            return
-        from peft import get_peft_model_state_dict
-
-        # a set, whose order is another one in every process
-        metadata = self.denoiser.peft_config["default"].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])
-        layers = {
-            f"{self.denoiser_name}_lora_layers": get_peft_model_state_dict(self.denoiser),
-            f"{self.denoiser_name}_lora_adapter_metadata": metadata,
-        }
-        self.pipeline.save_lora_weights(folder, **layers)
+        else:
+            adapters.save_adapter(self.pipeline, self.denoiser_name, folder)
 
     def load(self, folder: Path) -> None:
         """Reads back, bit for bit, what `save` wrote for the same model and tuning.
@@ -212,14 +213,10 @@ class DiffusersPolicy:
         }
         try:
             if self.settings.tuning == "full":
-                _check_layers(folder, "model", self.denoiser.state_dict(), state)
+                adapters.check_layers(folder, "model", self.denoiser.state_dict(), state)
                 self.denoiser.load_state_dict(state)
-                return
-            from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-            state = {name.removeprefix(f"{self.denoiser_name}."): tensor for name, tensor in state.items()}
-            _check_layers(folder, "lora_target_modules", get_peft_model_state_dict(self.denoiser), state)
-            set_peft_model_state_dict(self.denoiser, state)
+            else:
+                adapters.restore_adapter(self.denoiser, self.denoiser_name, folder, state)
         except RuntimeError as error:
             name, rank = ("model", "") if self.settings.tuning == "full" else ("lora_rank", self.settings.lora_rank)
             raise SettingError(
@@ -240,19 +237,19 @@ class DiffusersPolicy:
         Raises:
             SettingError: for such a setting.
         """
-        for name, (default, lack) in OPTIONAL_SETTINGS.items():
-            if name not in cls.optional_settings and getattr(settings, name) != default:
-                raise SettingError(name, f"{settings.model} ({cls.__name__}) has {lack}; leave this setting out")
-        device = find_device(settings.device)
-        if settings.attention in PACKAGES:
-            check_package(settings.attention, device, cls.attention_packages, f"{settings.model} ({cls.__name__})")
-        side, multiple = settings.resolution or cls.default_side(config, scale), scale * cls.patch_size(config)
-        if side % multiple:
-            raise SettingError(
-                "resolution",
-                f"{side} is not a multiple of {multiple}, the autoencoder's scale factor"
-                + (" times the patch size" if multiple > scale else ""),
-            )
+        check_settings(cls, settings, config, scale)
+
+    @classmethod
+    def check_parts(cls, model: str, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuses parts that do not fit one another; called before weights are loaded.
+
+        Args:
+            model: the model's name in messages.
+            configs: the configurations of the denoiser, the autoencoder and the text encoders, by their names.
+
+        Raises:
+            SettingError: for such parts.
+        """
 
     @classmethod
     def load_arguments(cls, settings: ModelSettings) -> dict[str, Any]:
@@ -260,12 +257,13 @@ class DiffusersPolicy:
         return {}
 
     @classmethod
-    def default_side(cls, config: Mapping[str, Any], scale: int) -> int:
+    def default_size(cls, config: Mapping[str, Any], scale: int) -> tuple[int, int]:
         """Height and width of the model's own images in pixels; arguments as in `check`."""
         size = config.get("sample_size")
-        if not isinstance(size, int):
+        sides = [size, size] if isinstance(size, int) else size
+        if not isinstance(sides, list | tuple) or [type(side) for side in sides] != [int, int]:
             raise SettingError("resolution", f"is not set, and the model's sample_size is {size!r}; give one in pixels")
-        return size * scale
+        return sides[0] * scale, sides[1] * scale
 
     @classmethod
     def patch_size(cls, config: Mapping[str, Any]) -> int:
@@ -276,17 +274,17 @@ class DiffusersPolicy:
         """Whether `predict` combines the outputs with and without the prompt."""
         return self.guidance_scale != 1
 
-    def latent_shape_at(self, side: int) -> tuple[int, ...]:
-        """The shape of a latent as the sampler sees it, for `side` x `side` latent cells."""
-        return (self.denoiser.config.in_channels, side, side)
+    def latent_shape_at(self, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of a latent as the sampler sees it, for so many latent cells."""
+        return (self.denoiser.config.in_channels, rows, columns)
 
     def embed(self, prompt: str) -> Conditioning:
         """The conditioning of one prompt, one row, in the policy's dtype; `encode_prompt` helps."""
         raise NotImplementedError
 
-    def embed_empty(self) -> Conditioning:
+    def embed_negative(self) -> Conditioning:
         """The conditioning that guidance steers away from, as the pipeline has it."""
-        return self.embed("")
+        return self.embed(self.settings.negative_prompt or "")
 
     def denoise(self, denoiser: Any, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Calls `denoiser`, with latents in the policy's dtype, and returns its output without guidance."""
@@ -303,11 +301,30 @@ class DiffusersPolicy:
     # shared by all families
 
     @classmethod
+    def size(cls, settings: ModelSettings, config: Mapping[str, Any], scale: int) -> tuple[int, int]:
+        """Height and width of the images in pixels; arguments as in `check`."""
+        height, width = settings.height or settings.resolution, settings.width or settings.resolution
+        if height is None or width is None:
+            own = cls.default_size(config, scale)
+            height, width = height or own[0], width or own[1]
+        return height, width
+
+    @classmethod
     def schedule_of(cls, scheduler: Any, settings: ModelSettings, config: Mapping[str, Any], scale: int) -> Schedule:
         """The schedule of a model with this scheduler; other arguments as in `check`."""
-        side = settings.resolution or cls.default_side(config, scale)
-        patches = (side // scale // cls.patch_size(config)) ** 2
-        return Schedule(scheduler, sigmas=cls.sigmas, image_seq_len=patches)
+        if settings.scheduler != "model":
+            try:
+                scheduler = convert(scheduler, settings.scheduler)
+            except ValueError as error:
+                raise SettingError("scheduler", str(error)) from error
+        cells = scale * cls.patch_size(config)
+        height, width = cls.size(settings, config, scale)
+        return Schedule(scheduler, sigmas=cls.sigmas, image_seq_len=(height // cells) * (width // cells))
+
+    @classmethod
+    def read_adapter(cls, settings: ModelSettings) -> adapters.Adapter:
+        """The adapter that `lora_path` names, without its values."""
+        return adapters.read_adapter(Path(settings.lora_path or "").expanduser(), cls.denoiser_name)
 
     def encode_prompt(self, prompt: str, **arguments: Any) -> list[Any]:
         """The results of the pipeline's own `encode_prompt` for one prompt, in the policy's dtype.
@@ -340,9 +357,22 @@ class DiffusersPolicy:
         uncond, cond = output.float().chunk(2)
         return (uncond + self.guidance_scale * (cond - uncond)).to(self.dtype)
 
-    def _set_execution(self, denoiser: Any) -> None:
+    @contextlib.contextmanager
+    def _at_start(self) -> Iterator[None]:
+        """Puts the weights before training in the place of the trained ones, without a copy."""
+        weights = self.trainable_parameters()
+        now = [weight.data for weight in weights]
+        try:
+            for weight, value in zip(weights, self._start, strict=True):
+                weight.data = value
+            yield
+        finally:
+            for weight, value in zip(weights, now, strict=True):
+                weight.data = value
+
+    def _set_execution(self) -> None:
         """How the denoiser is run; its outputs stay the same but for rounding."""
-        settings = self.settings
+        settings, denoiser = self.settings, self.denoiser
         if settings.attention in PACKAGES:
             self.use_attention_package(denoiser, settings.attention)
         if settings.channels_last:
@@ -376,44 +406,8 @@ class DiffusersPolicy:
         for name in (self.denoiser_name, "vae", *self._text_encoder_names()):
             yield getattr(self.pipeline, name)
 
-    def _add_adapter(self) -> None:
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
-        settings = self.settings
-        targets = settings.lora_target_modules or self.lora_target_modules
-        layers = [name for name, _ in self.denoiser.named_modules()]
-        for target in settings.lora_target_modules or ():
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
-                raise SettingError(
-                    "lora_target_modules",
-                    f"{target} names no layer of {type(self.denoiser).__name__}; give the ends of layers' names, such "
-                    f"as {self.lora_target_modules[0]}",
-                )
-        self.denoiser.add_adapter(
-            LoraConfig(
-                r=settings.lora_rank,
-                lora_alpha=settings.lora_alpha,
-                target_modules=list(targets),
-                init_lora_weights="gaussian",
-            )
-        )
-        cast_training_params(self.denoiser, dtype=torch.float32)
-
 
 def _make_contiguous(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor):
             state[name] = value.contiguous()
-
-
-def _check_layers(folder: Path, setting: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Refuses weights found in `folder` that lack layers of the model's own, or have others."""
-    for verb, names in (("lack", own.keys() - found.keys()), ("have unexpected", found.keys() - own.keys())):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise SettingError(
-                setting,
-                f"the weights in {folder} {verb} layers: {shown}; resume with the run's own model and target modules, "
-                "or bring the files back from a copy",
-            )

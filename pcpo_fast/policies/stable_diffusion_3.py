@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import Conditioning
 from pcpo_fast.policies.diffusers import DiffusersPolicy
@@ -10,6 +12,7 @@ from pcpo_fast.policies.diffusers import DiffusersPolicy
 class StableDiffusion3Policy(DiffusersPolicy):
     """StableDiffusion3Pipeline, with or without its third text encoder, a T5."""
 
+    denoiser_class = "SD3Transformer2DModel"
     # as Flow-GRPO has them (Liu et al., arXiv 2505.05470)
     lora_target_modules = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -21,12 +24,14 @@ class StableDiffusion3Policy(DiffusersPolicy):
     @classmethod
     def check(cls, settings, config, scale):
         super().check(settings, config, scale)
-        largest = config["pos_embed_max_size"] * cls.patch_size(config) * scale
-        if (settings.resolution or 0) > largest:
-            raise SettingError(
-                "resolution",
-                f"{settings.resolution} is more than the {largest} that this model has positions for; lower it",
-            )
+        # without a limit, positions are made for any size
+        largest = (config.get("pos_embed_max_size") or math.inf) * cls.patch_size(config) * scale
+        for name in ("resolution", "height", "width"):
+            side = getattr(settings, name) or 0
+            if side > largest:
+                raise SettingError(
+                    name, f"{side} is more than the {largest} that this model has positions for; lower it"
+                )
         if settings.attention == "xformers" and settings.tuning == "full" and settings.dtype != "fp32":
             raise SettingError(
                 "attention",
@@ -40,7 +45,7 @@ class StableDiffusion3Policy(DiffusersPolicy):
 
     @classmethod
     def patch_size(cls, config):
-        return config["patch_size"]
+        return config.get("patch_size", 2)
 
     def embed(self, prompt):
         embeddings, _, pooled, _ = self.encode_prompt(

@@ -135,13 +135,13 @@ class RewardSet:
             total += weight * scores[name]
         return total, scores
 
-    def try_out(self, prompts: Sequence[str], side: int, device: torch.device) -> None:
-        """Calls every reward once, on two images of noise with the first prompts.
+    def try_out(self, prompts: Sequence[str], size: tuple[int, int], device: torch.device) -> None:
+        """Calls every reward once, on two images of noise with the first prompts; size is height and width.
 
         Raises:
             SettingError: if a reward cannot score them.
         """
-        images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
         try:
             self(images, (list(prompts) * 2)[:2])
         except RewardError as error:

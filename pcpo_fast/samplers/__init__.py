@@ -126,7 +126,7 @@ def _of_the_scheduler(settings: Any, schedule: Schedule, *, noise_level: float |
     try:
         family = family_of(scheduler)
     except ValueError as error:
-        raise SettingError("model", str(error)) from error
+        raise SettingError("model", f"{error}. In a run, scheduler ddim or flow does that") from error
     sampler = SAMPLERS[family][0] if settings.sampler is None else settings.sampler
     if sampler not in SAMPLERS[family]:
         known = any(sampler in samplers for samplers in SAMPLERS.values())

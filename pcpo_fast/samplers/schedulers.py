@@ -152,6 +152,51 @@ def family_of(scheduler: Any) -> Literal["diffusion", "flow"]:
     )
 
 
+def convert(scheduler: Any, family: Literal["ddim", "flow"]) -> Any:
+    """The schedule that a diffusers scheduler's configuration describes, as a scheduler that tables are made of.
+
+    Args:
+        scheduler: one whose own steps may be of any order, or stochastic.
+        family: "ddim" for a DDIMScheduler on its alphas, timestep spacing and final alpha; "flow" for a
+            FlowMatchEulerDiscreteScheduler with its shift.
+
+    Raises:
+        ValueError: if its model was trained for the other family, or distilled to its own few steps.
+    """
+    import diffusers
+
+    name, config = type(scheduler).__name__, scheduler.config
+    classes = {cls.__name__ for cls in type(scheduler).__mro__}
+    # diffusers' own list of schedulers that share a configuration; a distilled model's is not in it
+    related = {cls.__name__ for cls in diffusers.DDIMScheduler().compatibles}
+    shares = bool(classes & related) and "beta_schedule" in config
+    flows = bool(classes & {FLOW_SCHEDULER, "FlowMatchHeunDiscreteScheduler"})
+    flows = flows or (shares and (config.get("use_flow_sigmas") or config.prediction_type == "flow_prediction"))
+    if not (shares or flows):
+        raise ValueError(
+            f"{family!r} was given, and the configuration of {name} does not tell its schedule; use scheduler model, "
+            f"or one of {', '.join(sorted(related))} in the model's folder"
+        )
+    if (family == "flow") != bool(flows):
+        trained = "flow" if flows else "ddim"
+        raise ValueError(f"{family!r} was given, and {name} is of a {trained} model; use scheduler {trained} or model")
+    if _known_class(scheduler) == FLOW_SCHEDULER:
+        return scheduler
+    if family == "flow":
+        names = ("num_train_timesteps", "use_dynamic_shifting", "base_shift", "max_shift")
+        names = (*names, "base_image_seq_len", "max_image_seq_len", "shift_terminal", "time_shift_type")
+        shift = config.get("shift", config.get("flow_shift", 1.0))
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=shift, **{entry: config[entry] for entry in names if entry in config}
+        )
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    names = (*names, "timestep_spacing", "steps_offset", "rescale_betas_zero_snr")
+    to_one = config.get("set_alpha_to_one", config.get("final_sigmas_type", "zero") == "zero")
+    return diffusers.DDIMScheduler(
+        clip_sample=False, set_alpha_to_one=to_one, **{entry: config[entry] for entry in names if entry in config}
+    )
+
+
 def _known_class(scheduler: Any) -> str | None:
     names = (cls.__name__ for cls in type(scheduler).__mro__)
     return next((name for name in names if name in _FINAL_ALPHA or name == FLOW_SCHEDULER), None)
@@ -215,6 +260,12 @@ def _diffusion_schedule(scheduler: Any, num_inference_steps: int | None, use_cur
         )
         ddim.set_timesteps(num_inference_steps)
         timesteps = ddim.timesteps
+        if int(timesteps.max()) >= config.num_train_timesteps:
+            raise ValueError(
+                f"{name} has steps_offset={config.steps_offset}, with which {num_inference_steps} steps reach timestep "
+                f"{int(timesteps.max())} of {config.num_train_timesteps}; lower num_inference_steps, or build it with "
+                "steps_offset=0"
+            )
     return {
         "alphas_cumprod": scheduler.alphas_cumprod,
         "timesteps": timesteps,
