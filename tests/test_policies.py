@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pcpo_fast import samplers
 from pcpo_fast.config import ModelSettings, SamplerSettings
 from pcpo_fast.errors import SettingError
-from pcpo_fast.policies import Conditioning, find_family, find_model, load_policy
+from pcpo_fast.policies import Conditioning, embeddings, find_family, find_model, load_policy
 from pcpo_fast.presets import PRESETS
 
 pytest_plugins = "pipelines"
@@ -141,8 +141,10 @@ def test_the_layers_with_adapters(models, family, adapters):
 
 
 @each_family
-def test_prompts_are_encoded_once_and_the_encoders_can_go(models, family, monkeypatch):
+@pytest.mark.parametrize("bound", [embeddings.BOUND, 0], ids=["memory", "disk"])
+def test_prompts_are_encoded_once_and_the_encoders_can_go(models, family, bound, monkeypatch):
     policy = make_policy(models[family], guidance_scale=1.0)
+    policy._embeddings.bound = bound
     encode_prompt, calls = policy.pipeline.encode_prompt, []
 
     def counted(prompt, **settings):

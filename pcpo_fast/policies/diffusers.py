@@ -21,6 +21,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import DTYPES, Conditioning, adapters, find_device
 from pcpo_fast.policies.attention import PACKAGES, SDPA_KERNELS
 from pcpo_fast.policies.checks import check_call, check_settings
+from pcpo_fast.policies.embeddings import Embeddings
 from pcpo_fast.samplers import Schedule
 from pcpo_fast.samplers.schedulers import convert
 
@@ -104,8 +105,7 @@ class DiffusersPolicy:
 
         self.height, self.width = self.size(settings, config, scale)
         self.latent_shape = self.latent_shape_at(self.height // scale, self.width // scale)
-        # each prompt is encoded once; in main memory, as there may be many
-        self._encoded: dict[str, Conditioning] = {}
+        self._embeddings = Embeddings(self.embed)
         # the conditioning that guidance steers away from, or None without classifier-free guidance
         self.uncond = self.embed_negative().to(self.device) if self.uses_cfg() else None
 
@@ -115,14 +115,15 @@ class DiffusersPolicy:
         Raises:
             SettingError: for a prompt that was not encoded before the text encoders were released.
         """
-        for prompt in prompts:
-            if prompt not in self._encoded:
-                self._encoded[prompt] = self.embed(prompt).to(torch.device("cpu"))
-        return Conditioning.cat([self._encoded[prompt] for prompt in prompts]).to(self.device)
+        return self._embeddings(prompts).to(self.device)
 
     def release_text_encoders(self, prompts: Sequence[str]) -> None:
-        """Encodes `prompts`, the only ones that `encode` can be given afterwards, and frees the text encoders."""
-        self.encode(prompts)
+        """Encodes `prompts`, the only ones that `encode` can be given afterwards, and frees the text encoders.
+
+        Raises:
+            SettingError: if their embeddings fit neither into main memory nor on the disk.
+        """
+        self._embeddings.prepare(prompts)
         for name in self._text_encoder_names():
             setattr(self.pipeline, name, None)
         if self.device.type == "cuda":
