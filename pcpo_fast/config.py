@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pcpo_fast.advantages import Baseline
+from pcpo_fast.documents import read_json, read_text, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.samplers import Credit
 
@@ -151,7 +152,8 @@ class LossSettings:
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     prompts: str = "digits"
-    """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals"."""
+    """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals".
+    A .jsonl or .json file holds texts, or objects with a "prompt" whose other entries rewards get as metadata."""
     rewards: tuple[str, ...] = ("digit_alignment",)
     """Rewards to train on: names, or module:function for your own.
     A weight may follow, as in jpeg_compressibility=0.5."""
@@ -313,10 +315,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SettingError: if the file cannot be read, names a setting that does not exist, or holds a value out of range.
     """
+    text = read_text(path, "config")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError) as error:
+        values = read_yaml(text) if path.suffix.lower() in (".yaml", ".yml") else read_json(text)
+    except ValueError as error:
         raise SettingError("config", f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise SettingError("config", f'{path} must hold settings by name, such as {{"epochs": 3}}')
@@ -336,36 +338,6 @@ def checked_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, given in _grouped(values).items():
         _validate(type(getattr(Config(), name)), given)
     return values
-
-
-def read_yaml(text: str) -> Any:
-    """The content of a YAML document, with 1e-4 as a number.
-
-    Raises:
-        ValueError: for what is no YAML, and for a key that is written twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-4 as a string. PyYAML keeps the last of two equal keys, which YAML forbids."""
-
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise ValueError(f"line {line}: {key.value!r} is written twice; keep one of the two")
-                seen.add(key.value if isinstance(key.value, str) else None)
-            return node
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def _with_tuples(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from annotated_types import Ge, Gt, Len, Lt
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from pcpo_fast import samplers
-from pcpo_fast.config import Config, checked_settings, read_yaml
+from pcpo_fast.config import Config, checked_settings
+from pcpo_fast.documents import read_text, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import find_model
 from pcpo_fast.presets import PRESETS
@@ -189,9 +190,10 @@ def read_plan(path: Path) -> Plan:
         SettingError: for a file that cannot be read, and for every mistake in it; its name is the place of the mistake,
             such as "tasks.digits.settings.epochs".
     """
+    text = read_text(path, "study")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_yaml(text)
+    except ValueError as error:
         raise SettingError("study", f"cannot read {path}: {error}") from error
     return make_plan(path.stem, content)
 
