@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from pcpo_fast.errors import SettingError
-from pcpo_fast.files import delete, flush, warn, writing
+from pcpo_fast.files import delete, flush, writing
 from pcpo_fast.manifest import MANIFEST, find_damage, replace_file, write_manifest
 from pcpo_fast.optimizer import Optimizer
 from pcpo_fast.policies import Policy
+from pcpo_fast.terminal import warn
 
 STATE, OPTIMIZER, RANDOM = "state.json", "optimizer.safetensors", "random.safetensors"
 

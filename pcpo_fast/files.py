@@ -10,13 +10,11 @@ import errno
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from pcpo_fast.errors import SettingError
+from pcpo_fast.terminal import warn
 
 ADVICE = {
     errno.ENOSPC: "make room on that disk, and go on with --resume",
@@ -85,8 +83,3 @@ def delete(path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         warn(f"{path} could not be deleted ({error}); the run does not need it, so delete it when you can")
-
-
-def warn(message: str) -> None:
-    """Prints a warning beside the progress bars."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)

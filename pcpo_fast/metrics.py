@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcpo_fast.errors import SettingError
-from pcpo_fast.files import warn, write_atomically, writing
+from pcpo_fast.files import write_atomically, writing
+from pcpo_fast.terminal import warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -14,7 +14,8 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from pcpo_fast.config import Config, read_config
 from pcpo_fast.errors import SettingError
-from pcpo_fast.files import warn, write_atomically, writing
+from pcpo_fast.files import write_atomically, writing
+from pcpo_fast.terminal import warn
 
 # locked for as long as the run lives; holds its process id and the name of its machine
 LOCK = ".lock"

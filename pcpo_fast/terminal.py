@@ -21,6 +21,11 @@ def say(*lines: str, error: bool = False) -> None:
     tqdm.write("\n".join(map(printable, lines)), file=sys.stderr if error else sys.stdout)
 
 
+def warn(message: str) -> None:
+    """Says on stderr what the run goes on without."""
+    say(f"warning: {message}", error=True)
+
+
 def one_line(error: object) -> str:
     """The text of an error as one line; other libraries write several."""
     return " ".join(str(error).split())
