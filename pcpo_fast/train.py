@@ -198,7 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status == 0:
             _report(trainer)
         else:
-            say(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
+            # after a full disk, say, the trainer is ahead of it
+            epoch = trainer.checkpoints.latest_epoch()
+            say(f"Stopped after epoch {epoch}; continue with --output-dir {folder} --resume")
         return status
 
 
