@@ -5,14 +5,13 @@ Every message says what was given, what is accepted and what to change.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .samplers.table import StepTable
+from .samplers.checks import LARGEST, check_choice, shown
+from .samplers.table import StepTable, check_table
 
 Impl = Literal["auto", "torch", "triton"]
 Reduction = Literal["mean", "sum"]
@@ -95,6 +94,11 @@ def check_tensor(name: str, value: Any) -> None:
     check_type(name, value, Tensor, f"give a tensor, such as torch.as_tensor({name})")
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} has layout {tensor.layout}; convert it with .to_dense()")
+
+
 def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name} is on {tensor.device} and model_output on {like.device}; move it with .to()")
@@ -119,45 +123,52 @@ def check_rows(model_output: Tensor) -> None:
     """Checks that there are rows, of a dtype that the ops take."""
     check_tensor("model_output", model_output)
     if model_output.dim() == 0 or model_output.numel() == 0:
-        raise ValueError(f"shape {tuple(model_output.shape)} has no rows or no elements; give (rows, ...)")
+        raise ValueError(
+            f"model_output of shape {tuple(model_output.shape)} has no rows or no elements; give (rows, ...)"
+        )
     _check_dtype("model_output", model_output)
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to one of {', '.join(map(str, DTYPES))}")
+    check_dense(name, tensor)
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Checks that it is a tensor of floating-point numbers, and of at least one."""
+    check_tensor(name, tensor)
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} and no element; give one per row, (rows,)")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to a floating type")
+    check_dense(name, tensor)
 
 
 def check_per_row(name: str, tensor: Tensor, like: Tensor) -> None:
     """Checks a floating-point number per row."""
-    check_tensor(name, tensor)
+    check_floating(name, tensor)
     if tensor.shape != like.shape[:1]:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give one per row, ({like.shape[0]},)")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to a floating type")
     check_device(name, tensor, like)
-
-
-def check_table(table: StepTable) -> None:
-    check_type("table", table, StepTable, "give a StepTable, such as StepTable.from_scheduler(...) makes")
 
 
 def check_int(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give an int")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; give an int")
 
 
 def check_shape(shape: tuple[int, ...]) -> None:
     """Checks the shape of rows that are to be made."""
     if not isinstance(shape, tuple | list) or not all(isinstance(size, int) for size in shape):
-        raise TypeError(f"shape={shape!r} is a {type(shape).__name__}; give (rows, ...)")
+        raise TypeError(f"shape={shown(shape)} is a {type(shape).__name__}; give (rows, ...)")
     if not shape or min(shape) < 1:
-        raise ValueError(f"shape {tuple(shape)} has no rows or no elements; give (rows, ...)")
+        raise ValueError(f"shape {shown(tuple(shape))} has no rows or no elements; give (rows, ...)")
 
 
 def check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> Tensor:
     """One step index per row, int64 or int32 (rows,)."""
-    check_table(table)
+    check_table("table", table)
     check_rows(model_output)
     if table.rows.device != model_output.device:
         raise ValueError(
@@ -176,9 +187,9 @@ def check_step(step: int | Tensor, table: StepTable, model_output: Tensor) -> Te
             )
         return step
     if not isinstance(step, int) or isinstance(step, bool):
-        raise TypeError(f"step={step!r} is a {type(step).__name__}; give an int or a tensor of them, (rows,)")
+        raise TypeError(f"step={shown(step)} is a {type(step).__name__}; give an int or a tensor of them, (rows,)")
     if not 0 <= step < len(table.rows):
-        raise ValueError(f"step={step} is not in the table; choose one of 0, ..., {len(table.rows) - 1}")
+        raise ValueError(f"step={shown(step)} is not in the table; choose one of 0, ..., {len(table.rows) - 1}")
     return torch.full(model_output.shape[:1], step, dtype=torch.int64, device=model_output.device)
 
 
@@ -200,9 +211,9 @@ def key_arguments(key: NoiseKey, like: Tensor) -> dict[str, Any]:
                 f"a 0-d int64 tensor on {like.device}"
             )
     elif not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"NoiseKey.seed={seed!r} is a {type(seed).__name__}; give an int or a 0-d int64 tensor")
+        raise TypeError(f"NoiseKey.seed={shown(seed)} is a {type(seed).__name__}; give an int or a 0-d int64 tensor")
     elif not 0 <= seed < 2**63:
-        raise ValueError(f"NoiseKey.seed={seed} is out of range; choose 0 <= seed < 2**63")
+        raise ValueError(f"NoiseKey.seed={shown(seed)} is out of range; choose 0 <= seed < 2**63")
     else:
         seed = torch.full((), seed, dtype=torch.int64, device=like.device)
     return {"noise": None, "seed": seed, "sample_index": sample_index}
@@ -283,19 +294,16 @@ def kl_arguments(kl: Reference | None, model_output: Tensor) -> dict[str, Any]:
 def resolve_clip_range(clip_range: float | tuple[float, float]) -> tuple[float, float]:
     """The clip range below and above."""
     if isinstance(clip_range, list):
-        raise TypeError(f"clip_range={clip_range} is a list; give a number, or a pair as a tuple (below, above)")
+        raise TypeError(f"clip_range={shown(clip_range)} is a list; give a number, or a pair as a tuple (below, above)")
     pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     if len(pair) != 2:
-        raise ValueError(f"clip_range={clip_range!r} has {len(pair)} numbers; give one, or a pair: below and above")
+        raise ValueError(
+            f"clip_range={shown(clip_range)} has {len(pair)} numbers; give one, or a pair: below and above"
+        )
     below, above = _number("clip_range", pair[0]), _number("clip_range", pair[1])
     if not (below > 0 and above > 0):
         raise ValueError(f"clip_range={clip_range} leaves nothing to learn from; use positive numbers, such as 1e-4")
     return below, above
-
-
-def check_choice(name: str, value: str, choices: Sequence[str], more: str = "") -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}{more}")
 
 
 def resolve_impl(impl: str, *tensors: Tensor | None) -> str:
@@ -319,8 +327,8 @@ def detach(tensor: Tensor | None) -> Tensor | None:
 
 def _number(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; give a number")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}; give a number")
     # math.isfinite takes no number that torch.compile has made symbolic, as it does with one that changes between calls
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}={value} is not finite; give a finite number")
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name}={shown(value)} is not finite in float32; give a finite number")
     return float(value)

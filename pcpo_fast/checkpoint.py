@@ -79,6 +79,11 @@ class Checkpoints:
         """The newest checkpoint, or None."""
         return self._all()[-1] if self._all() else None
 
+    def latest_epoch(self) -> int:
+        """The epoch of the newest checkpoint, or 0."""
+        latest = self.latest()
+        return 0 if latest is None else int(latest.name.removeprefix("epoch-"))
+
     def _all(self) -> list[Path]:
         return sorted(self.folder.glob("epoch-" + "[0-9]" * 6))
 

@@ -18,8 +18,8 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pcpo_fast.advantages import Baseline
+from pcpo_fast.documents import read_json, read_text, read_yaml
 from pcpo_fast.errors import SettingError
-from pcpo_fast.files import read_yaml
 from pcpo_fast.samplers import Credit
 
 Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "xformers", "flash"]
@@ -175,7 +175,8 @@ class LossSettings:
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
     prompts: str = "digits"
-    """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals"."""
+    """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals".
+    A .jsonl or .json file holds texts, or objects with a "prompt" whose other entries rewards get as metadata."""
     rewards: tuple[str, ...] = ("digit_alignment",)
     """Rewards to train on: names, or module:function for your own.
     A weight may follow, as in jpeg_compressibility=0.5."""
@@ -337,10 +338,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SettingError: if the file cannot be read, names a setting that does not exist, or holds a value out of range.
     """
+    text = read_text(path, "config")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-    except (OSError, ValueError) as error:
+        values = read_yaml(text) if path.suffix.lower() in (".yaml", ".yml") else read_json(text)
+    except ValueError as error:
         raise SettingError("config", f"cannot read {path}: {error}") from error
     if not isinstance(values, dict):
         raise SettingError("config", f'{path} must hold settings by name, such as {{"epochs": 3}}')

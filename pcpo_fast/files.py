@@ -1,4 +1,4 @@
-"""YAML, and writing files so that a reader, or a run that is killed at any moment, finds a complete one.
+"""Writing files so that a reader, or a run that is killed at any moment, finds a complete one.
 
 What the file system refuses is one error that names the path and says what to do.
 """
@@ -12,7 +12,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pcpo_fast.errors import SettingError
 from pcpo_fast.terminal import warn
@@ -70,36 +69,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_yaml(text: str) -> Any:
-    """The content of a YAML document, with 1e-4 as a number.
-
-    Raises:
-        ValueError: for what is no YAML, and for a key that is written twice.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-4 as a string. PyYAML keeps the last of two equal keys, which YAML forbids."""
-
-        def compose_mapping_node(self, anchor: Any) -> Any:
-            node = super().compose_mapping_node(anchor)
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in seen:
-                    line = key.start_mark.line + 1
-                    raise ValueError(f"line {line}: {key.value!r} is written twice; keep one of the two")
-                seen.add(key.value if isinstance(key.value, str) else None)
-            return node
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
 
 
 def delete(path: Path) -> None:

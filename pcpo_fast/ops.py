@@ -36,13 +36,12 @@ from ._arguments import (
     Reference,
     RowReduction,
     StoredStates,
-    check_choice,
+    check_floating,
     check_int,
     check_like,
     check_per_row,
     check_shape,
     check_step,
-    check_table,
     check_tensor,
     check_type,
     detach,
@@ -56,7 +55,8 @@ from ._arguments import (
     wants_gradient,
 )
 from ._operators import call
-from .samplers.table import StepTable
+from .samplers.checks import check_choice, check_flag
+from .samplers.table import StepTable, check_table
 
 Objective = Literal["pcpo", "ppo"]
 
@@ -134,6 +134,8 @@ def sampler_step(
     source = drawn_arguments(noise, model_output)
     guided = guidance_arguments(guidance, model_output)
     check_like(model_output, sample=sample, noise=source["noise"], uncond_output=guided["uncond_output"])
+    check_flag("return_noise", return_noise)
+    check_flag("return_mean", return_mean)
     with torch.no_grad():
         prev_sample, combined, stored_noise, log_prob, mean = call(
             "sampler_step",
@@ -368,7 +370,7 @@ def sample_noise(
     Returns:
         float32 of the given shape.
     """
-    check_table(table)
+    check_table("table", table)
     check_shape(shape)
     check_int("stream", stream)
     like = table.rows.new_empty((1,)).expand(shape)
@@ -401,7 +403,7 @@ def ratio_stats(log_ratio: Tensor, clip_range: float | tuple[float, float]) -> R
         clip_fraction_below, clip_fraction_above: shares of rows with rho < 1 - below and rho > 1 + above.
         ratio_mean, ratio_std: of rho; the deviation is the biased one.
     """
-    check_tensor("log_ratio", log_ratio)
+    check_floating("log_ratio", log_ratio)
     below, above = resolve_clip_range(clip_range)
     log_ratio = log_ratio.detach().double()
     change = log_ratio.expm1()

@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
         default=default,
     )
     if not file.trust_rewards:
-        _check_trust(config, [spec for name in OWN for spec in peeked.get(name, ())])
+        check_trust(config, [spec for name in OWN for spec in peeked.get(name, ())])
     if config.data.prompts != builtin.prompts and "eval_rewards" not in peeked.keys() | given.keys() | saved.keys():
         # they belong to the preset's prompts
         config = config.replace(eval_rewards=())
@@ -109,19 +109,23 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
     return preset, config.resolved()
 
 
-def _check_trust(config: Config, named: Sequence[str]) -> None:
-    """Refuses functions of the user's own that are not `named`: importing one runs a program."""
-    known = {spec.partition("=")[0] for spec in named}
+def check_trust(config: Config, named: Sequence[str] | None = None) -> None:
+    """Refuses functions of the user's own that are not `named`, where they can be: importing one runs a program.
+
+    Raises:
+        SettingError: with the name of the setting.
+    """
+    known = {spec.partition("=")[0] for spec in named or ()}
     for name in OWN:
         value = config.flat()[name]
         specs = value if isinstance(value, tuple) else (value or "",)
         for function in (spec.partition("=")[0] for spec in specs):
             if ":" in function and function not in REWARDS and function not in known:
-                flag = name.replace("_", "-")
+                flag = f"name it on the command line (--{name.replace('_', '-')} {shlex.join(specs)}), or "
                 raise SettingError(
                     name,
-                    f"{function!r} comes from a file, and to import it is to run that program; if you trust it, name "
-                    f"it on the command line (--{flag} {shlex.join(specs)}), or add --trust-rewards",
+                    f"{function!r} comes from a file, and to import it is to run that program; if you trust it, "
+                    f"{'' if named is None else flag}add --trust-rewards",
                 )
 
 
@@ -194,7 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status == 0:
             _report(trainer)
         else:
-            say(f"Stopped after epoch {trainer.epoch}; continue with --output-dir {folder} --resume")
+            # after a full disk, say, the trainer is ahead of it
+            epoch = trainer.checkpoints.latest_epoch()
+            say(f"Stopped after epoch {epoch}; continue with --output-dir {folder} --resume")
         return status
 
 

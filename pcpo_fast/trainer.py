@@ -133,7 +133,7 @@ class Trainer:
         sampled = time.perf_counter()
         images = self.policy.decode(trajectory.latents)
         with record_function("reward"):
-            rewards, scores = self.rewards(images, prompts, seed=generator.initial_seed())
+            rewards, scores = self.rewards(images, prompts, self.prompts.about(prompts), seed=generator.initial_seed())
         # excluded samples get advantage 0; non-finite rows were replaced, so no NaN
         rewards[~complete] = math.nan
         peers = config.run.group_size if config.loss.advantage == "group" else len(prompts)
@@ -206,8 +206,9 @@ class Trainer:
 
     def assess(self, images: Tensor, prompts: list[str]) -> Record:
         """The numbers of an evaluation, for float images (N, 3, H, W) in [0, 1]; a subclass can add its own."""
-        total, scores = self.rewards(images, prompts)
-        scores |= self.eval_rewards(images, prompts)[1]
+        about = self.prompts.about(prompts)
+        total, scores = self.rewards(images, prompts, about)
+        scores |= self.eval_rewards(images, prompts, about)[1]
         record = {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
         return record | {f"time/eval/{key}": s for key, s in (self.rewards.seconds | self.eval_rewards.seconds).items()}
 

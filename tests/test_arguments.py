@@ -17,6 +17,7 @@ from pcpo_fast import (
     ratio_stats,
     sample_noise,
     sampler_step,
+    shifted_sigmas,
     step_log_prob,
     step_log_ratio,
 )
@@ -89,6 +90,10 @@ WRONG = [
     (STEPPED, {"step": "1"}, TypeError, "step='1' is a str", "give an int or a tensor"),
     (STEPPED, {"step": [0, 1, 2]}, TypeError, "step=[0, 1, 2] is a list", "give an int or a tensor"),
     (STEPPED, {"step": np.arange(3)}, TypeError, "step=", "is a ndarray", "give an int or a tensor"),
+    (STEPPED, {"step": list(range(1000))}, TypeError, "step=[0, 1, 2, 3, 4, 5, ...] is a list", "give an int"),
+    (STEPPED, {"step": np.arange(1000)}, TypeError, "step=array([", "is a ndarray", "give an int"),
+    (STEPPED, {"step": Guidance(tensor(100, 4), 1.0)}, TypeError, "step=Guidance(", "is a Guidance", "give an int"),
+    (STEPPED, {"step": 10**5000}, ValueError, "step=a number of thousands of digits is not in the table"),
     (STEPPED, {"step": 4}, ValueError, "step=4 is not in the table", "0, ..., 3"),
     (STEPPED, {"step": -1}, ValueError, "step=-1 is not in the table", "0, ..., 3"),
     (STEPPED, {"step": tensor(ROWS)}, ValueError, "step has dtype torch.float32", ".long()"),
@@ -118,6 +123,10 @@ WRONG = [
     ((step_log_prob,), {"prev_sample": [1.0]}, TypeError, "prev_sample is a list", "torch.as_tensor"),
     (LOSSES, {"old_model_output": tensor(3, 5)}, ValueError, "old_model_output has shape (3, 5)", "equal"),
     (LOSSES, {"old_model_output": [1.0]}, TypeError, "old_model_output is a list", "torch.as_tensor"),
+    (WITH_OUTPUT, {"model_output": tensor().to_sparse()}, ValueError, "model_output has layout torch.sparse_coo"),
+    ((sampler_step, step_log_prob), {"sample": tensor().to_sparse()}, ValueError, "sample has layout", ".to_dense()"),
+    ((sampler_step,), {"return_noise": 1}, TypeError, "return_noise=1 is a int", "give True or False"),
+    ((sampler_step,), {"return_mean": "no"}, TypeError, "return_mean='no' is a str", "give True or False"),
     # noise
     (WITH_NOISE, {"noise": None}, TypeError, "noise is a NoneType", "NoiseKey(seed, sample_index)"),
     (WITH_NOISE, {"noise": 3}, TypeError, "noise is a int", "NoiseKey(seed, sample_index)"),
@@ -164,6 +173,7 @@ WRONG = [
     ((policy_loss,), {"advantages": tensor(3, device="meta")}, ValueError, "advantages is on meta", ".to()"),
     ((policy_loss,), {"advantages": torch.tensor([1.0, NAN, 1.0])}, ValueError, "advantages holds nan in row 1"),
     ((policy_loss,), {"advantages": torch.tensor([1.0, 1.0, -INF])}, ValueError, "advantages holds -inf in row 2"),
+    ((policy_loss,), {"advantages": tensor(3).to_sparse()}, ValueError, "advantages has layout", ".to_dense()"),
     ((policy_loss,), {"row_weights": [1.0, 1.0, 0.0]}, TypeError, "row_weights is a list", "torch.as_tensor"),
     ((policy_loss,), {"row_weights": 1.0}, TypeError, "row_weights is a float", "give a tensor"),
     ((policy_loss,), {"row_weights": tensor(2)}, ValueError, "row_weights has shape (2,)", "one per row, (3,)"),
@@ -181,6 +191,13 @@ WRONG = [
     ),
     ((sampler_step, policy_loss), {"guidance": Guidance(tensor(), NAN)}, ValueError, "Guidance.scale=nan", "finite"),
     ((sampler_step, policy_loss), {"guidance": Guidance(tensor(), INF)}, ValueError, "Guidance.scale=inf", "finite"),
+    (
+        (sampler_step, policy_loss),
+        {"guidance": Guidance(tensor(), 1e300)},
+        ValueError,
+        "Guidance.scale=1e+300",
+        "finite",
+    ),
     ((sampler_step, policy_loss), {"guidance": Guidance(tensor(), "5")}, TypeError, "Guidance.scale='5'", "number"),
     ((sampler_step, policy_loss), {"guidance": Guidance(tensor(), True)}, TypeError, "Guidance.scale=True", "number"),
     ((sampler_step, policy_loss), {"guidance": Guidance(tensor(3, 5), 2.0)}, ValueError, "uncond_output has shape"),
@@ -211,20 +228,23 @@ WRONG = [
         "Reference.weight holds nan in row 2",
     ),
     # settings
-    ((policy_loss,), {"objective": "dpo"}, ValueError, "objective='dpo' is not known", "'pcpo', 'ppo'"),
-    ((policy_loss,), {"objective": "guard"}, ValueError, "objective='guard' is not known", "'pcpo', 'ppo'"),
-    ((policy_loss,), {"objective": None}, ValueError, "objective=None is not known", "'pcpo', 'ppo'"),
-    ((step_log_prob, *LOSSES), {"reduction": "max"}, ValueError, "reduction='max' is not known", "'mean', 'sum'"),
-    ((step_log_prob, *LOSSES), {"reduction": "none"}, ValueError, "reduction='none' is not known", "'mean', 'sum'"),
-    ((policy_loss,), {"row_reduction": None}, ValueError, "row_reduction=None", "'mean', 'sum', 'none'"),
-    ((policy_loss,), {"row_reduction": "max"}, ValueError, "row_reduction='max'", "'mean', 'sum', 'none'"),
-    (STEPPED, {"impl": "cuda"}, ValueError, "impl='cuda' is not known", "'auto', 'torch', 'triton'"),
+    ((policy_loss,), {"objective": "dpo"}, ValueError, "objective='dpo' is not known", "pcpo, ppo"),
+    ((policy_loss,), {"objective": "guard"}, ValueError, "objective='guard' is not known", "pcpo, ppo"),
+    ((policy_loss,), {"objective": None}, ValueError, "objective=None is not known", "pcpo, ppo"),
+    ((step_log_prob, *LOSSES), {"reduction": "max"}, ValueError, "reduction='max' is not known", "mean, sum"),
+    ((step_log_prob, *LOSSES), {"reduction": "none"}, ValueError, "reduction='none' is not known", "mean, sum"),
+    ((policy_loss,), {"row_reduction": None}, ValueError, "row_reduction=None", "mean, sum, none"),
+    ((policy_loss,), {"row_reduction": "max"}, ValueError, "row_reduction='max'", "mean, sum, none"),
+    (STEPPED, {"impl": "cuda"}, ValueError, "impl='cuda' is not known", "auto, torch, triton"),
     ((policy_loss,), {"clip_range": 0.0}, ValueError, "clip_range=0.0", "positive"),
     ((policy_loss,), {"clip_range": -1e-4}, ValueError, "clip_range=-0.0001", "positive"),
     ((policy_loss,), {"clip_range": (1e-4, 0.0)}, ValueError, "clip_range=(0.0001, 0.0)", "positive"),
     ((policy_loss,), {"clip_range": NAN}, ValueError, "clip_range=nan", "finite"),
     ((policy_loss,), {"clip_range": (NAN, 0.1)}, ValueError, "clip_range=nan", "finite"),
     ((policy_loss,), {"clip_range": (0.1, 0.1, 0.1)}, ValueError, "clip_range=(0.1, 0.1, 0.1) has 3 numbers", "pair"),
+    ((policy_loss,), {"clip_range": 10**400}, ValueError, "clip_range=1000000000", "finite"),
+    ((policy_loss,), {"clip_range": tuple(range(1000))}, ValueError, "clip_range=(0, 1, 2, 3, 4, 5, ...) has 1000"),
+    ((policy_loss,), {"objective": tensor(100, 4)}, ValueError, "objective=tensor([[", "is not known", "pcpo, ppo"),
     ((policy_loss,), {"clip_range": [0.1, 0.2]}, TypeError, "clip_range=[0.1, 0.2] is a list", "number"),
     ((policy_loss,), {"clip_range": "0.1"}, TypeError, "clip_range='0.1' is a str", "number"),
     ((policy_loss,), {"clip_range": None}, TypeError, "clip_range=None", "number"),
@@ -290,6 +310,8 @@ def test_nothing_is_done_before_the_check():
         ([0.1], TypeError, "log_ratio is a list; give a tensor"),
         (np.ones(3), TypeError, "log_ratio is a ndarray; give a tensor"),
         (0.1, TypeError, "log_ratio is a float; give a tensor"),
+        (torch.arange(3), ValueError, "log_ratio has dtype torch.int64; convert it to a floating type"),
+        (torch.ones(0), ValueError, "log_ratio has shape (0,) and no element"),
     ],
 )
 def test_ratio_stats(log_ratio, error, message):
@@ -297,6 +319,85 @@ def test_ratio_stats(log_ratio, error, message):
         ratio_stats(log_ratio, 0.1)
     with pytest.raises(ValueError, match=r"clip_range=0 .* positive"):
         ratio_stats(torch.ones(3), 0)
+
+
+FLOW, COLUMN = [1.0, 0.6, 0.3, 0.0], [0.9, 0.9, 0.9]
+ALPHAS = torch.linspace(0.99, 0.01, 100, dtype=torch.float64)
+
+
+def columns(**changed):
+    return StepTable(
+        **{"timesteps": [3, 2, 1], **dict.fromkeys(("sample_coef", "output_coef", "std"), COLUMN)} | changed
+    )
+
+
+# a maker of tables, its argument, a wrong value, and the error
+WRONG_TABLES = [
+    (StepTable.ddim, "eta", True, ValueError, "eta=True is not a noise level; give a finite number"),
+    (StepTable.ddim, "eta", "1", ValueError, "eta='1' is not a noise level"),
+    (StepTable.ddim, "eta", 10**400, ValueError, "eta=1000000000.*is not a noise level"),
+    (StepTable.ddim, "target_weight", [1.0], ValueError, "target_weight=.1.0. is not a credit; give a finite number"),
+    (StepTable.ddim, "target_weight", True, ValueError, "target_weight=True is not a credit"),
+    (StepTable.ddim, "normalized", 1, TypeError, "normalized=1 is a int; give True or False"),
+    (StepTable.ddim, "final_alpha_cumprod", "1", ValueError, "final_alpha_cumprod is a str, not real numbers"),
+    (StepTable.ddim, "final_alpha_cumprod", [1.0, 1.0], ValueError, r"final_alpha_cumprod has shape \(2,\); give one"),
+    (StepTable.ddim, "timesteps", [True, False], ValueError, "timesteps is a list, not real numbers"),
+    (StepTable.ddim, "steps", torch.tensor(1), ValueError, r"steps=tensor\(1\) is not a list of step indices"),
+    (StepTable.ddim, "steps", [1000] * 1000, ValueError, "steps has 1000, which is no step"),
+    (StepTable.ddim, "window", list(range(1000)), ValueError, r"window=\[0, 1, 2, 3, 4, 5, ...\] is not a pair"),
+    (StepTable.ddim, "credit", ["x"] * 1000, ValueError, "credit=.*... is not known; choose one of native"),
+    (StepTable.flow, "num_train_timesteps", True, ValueError, "num_train_timesteps=True must be positive"),
+    (StepTable.flow, "num_train_timesteps", "1000", ValueError, "num_train_timesteps='1000' must be positive"),
+    (StepTable.flow, "noise_level", True, ValueError, "noise_level is a bool, not real numbers"),
+    (StepTable.flow, "noise_level", torch.ones(3) > 0, ValueError, "noise_level is a Tensor of torch.bool, not real"),
+    (StepTable.flow, "noise_level", 1e300, ValueError, r"noise_level=1e\+300 is not a noise level"),
+    (StepTable.flow, "sigmas", [1.0 + 0j, 0.5, 0.0], ValueError, "sigmas is a list, not real numbers"),
+    (StepTable.flow, "sigmas", torch.ones(3).to_sparse(), ValueError, "sigmas is a Tensor of torch.float32, not real"),
+    (shifted_sigmas, "shift", True, ValueError, "shift=True is not a shift; give a finite number"),
+    (shifted_sigmas, "shift", None, ValueError, "shift=None is not a shift"),
+    (shifted_sigmas, "num_inference_steps", True, ValueError, "num_inference_steps=True must be a whole number"),
+    (shifted_sigmas, "num_inference_steps", 10**9, ValueError, "num_inference_steps=1000000000 must be .* at most"),
+    (columns, "timesteps", [3, NAN, 1], ValueError, "timesteps has an entry that is not finite"),
+    (
+        columns,
+        "timesteps",
+        torch.ones(3, device="meta"),
+        ValueError,
+        "timesteps is a Tensor of torch.float32, not real",
+    ),
+    (columns, "std", [1.0, None, 1.0], ValueError, "std is a list, not real numbers; give one number per step"),
+    (columns, "guard", "yes", TypeError, "guard='yes' is a str; give True or False"),
+    (columns, "normalized", None, TypeError, "normalized=None is a NoneType; give True or False"),
+    (StepTable.cat, "tables", None, TypeError, "tables is a NoneType; give a list of StepTable"),
+    (StepTable.cat, "tables", [TABLE, TABLE.rows], TypeError, "tables is a Tensor; give a StepTable"),
+    (TABLE.with_noise_only, "deterministic", TABLE.rows, TypeError, "deterministic is a Tensor; give a StepTable"),
+    (TABLE.with_noise_only, "deterministic", TABLE[:2], ValueError, "deterministic has 2 steps and the table 4; make"),
+    (TABLE.to, "device", tensor(), TypeError, "device=tensor.* is a Tensor; give one such as 'cuda'"),
+    (TABLE.to, "device", "gpu", ValueError, "device='gpu' does not exist; give one such as 'cuda' or 'cpu'"),
+    (TABLE.index, "timesteps", "3", ValueError, "timesteps is a str, not real numbers"),
+    (TABLE.__getitem__, "steps", 4, IndexError, "step 4 is not in the table; it has 4 steps"),
+    (TABLE.__getitem__, "steps", 1.0, TypeError, "1.0 is no step of a table; give a whole number, or a slice"),
+    (TABLE.__getitem__, "steps", True, TypeError, "True is no step of a table"),
+]
+RIGHT_TABLES = {
+    StepTable.ddim: {"alphas_cumprod": ALPHAS, "timesteps": [90, 50, 10]},
+    StepTable.flow: {"sigmas": FLOW},
+    shifted_sigmas: {"num_inference_steps": 3},
+    TABLE.with_noise_only: {"steps": [0], "deterministic": TABLE},
+}
+
+
+@pytest.mark.parametrize(("make", "name", "given", "error", "message"), WRONG_TABLES)
+def test_what_makes_no_table_says_what_to_change(make, name, given, error, message):
+    with pytest.raises(error, match=f"^{message}") as raised:
+        make(**RIGHT_TABLES.get(make, {}) | {name: given})
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
+
+
+def test_numbers_of_numpy_are_numbers():
+    table = StepTable.ddim(ALPHAS, np.array([90, 50, 10]), eta=np.float32(0.5), target_weight=np.float64(0.1))
+    assert torch.equal(table.rows, StepTable.ddim(ALPHAS, [90, 50, 10], eta=0.5, target_weight=0.1).rows)
+    assert len(shifted_sigmas(np.int64(3), np.int32(2))) == 4 and str(table[np.int64(1)]) == str(table[torch.tensor(1)])
 
 
 def test_a_scheduler_is_no_table():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pipelines import make_trainer, records
+from pipelines import command, make_trainer, records
 from safetensors.torch import load_file, save_file
 from test_checkpoint import make_state, save, train
 from test_own_policy import MaskedPolicy, weights
@@ -25,6 +25,7 @@ from pcpo_fast.files import write_atomically, writing
 from pcpo_fast.metrics import Metrics
 from pcpo_fast.rewards import RewardError
 from pcpo_fast.run_folder import saved_settings
+from pcpo_fast.train import main
 from pcpo_fast.trainer import Trainer
 
 pytest_plugins = "pipelines"
@@ -276,6 +277,22 @@ def test_what_cannot_be_written_is_one_error_and_loses_nothing(tmp_path, monkeyp
     for each in (resumed, whole):
         each.train()
     assert torch.equal(weights(resumed.policy), weights(whole.policy))
+
+
+def test_the_epoch_to_continue_from_is_that_of_the_checkpoint(model, tmp_path, monkeypatch, capsys):
+    """The trainer is an epoch ahead when its checkpoint cannot be written."""
+    run, fsync = tmp_path / "run", os.fsync
+
+    def refuse(descriptor):
+        if "epoch-000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert main(command(model, run, epochs=3)) == 2
+    output = capsys.readouterr()
+    assert "checkpoints/epoch-000002 could not be written (No space left on device): make room" in output.err
+    assert f"Stopped after epoch 1; continue with --output-dir {run} --resume" in output.out
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])

@@ -317,7 +317,7 @@ def test_what_is_no_schedule_is_sent_to_the_right_door():
             StepTable.ddim(scheduler, sd_steps(20))
         with pytest.raises(ValueError, match=f"sigmas is a {name}; .*with StepTable.from_scheduler"):
             StepTable.flow(scheduler)
-    with pytest.raises(ValueError, match="alphas_cumprod is a str, not numbers; give"):
+    with pytest.raises(ValueError, match="alphas_cumprod is a str, not real numbers; give"):
         StepTable.ddim("scaled_linear", sd_steps(20))
 
 

@@ -136,7 +136,7 @@ def test_impossible_numbers_of_training_steps_are_refused(number):
         ),
         ({"noise_level": [[0.7]]}, r"noise_level has shape \(1, 1\)"),
         ({"noise_level": [0.7] * 9 + [-1.0]}, "noise_level=-1.0 is not a noise level"),
-        ({"noise_level": "much"}, "noise_level is a str, not numbers; give a number or"),
+        ({"noise_level": "much"}, "noise_level is a str, not real numbers; give a number or"),
         ({"sde": "cps", "noise_level": 2.0}, "noise_level=2.0 is too much for sde='cps', .*give less than 2"),
         ({"target_weight": 4.0}, "target_weight=4.0 has no meaning with credit='native'; leave it out or choose"),
         ({"credit": "proportionate", "target_weight": 0.0}, "target_weight=0.0 is not a credit; give .* > 0"),
@@ -270,7 +270,7 @@ def test_cps_beyond_one_turns_the_predicted_noise_around(noise_level):
         ([1.0, 0.5, -0.01], "decrease strictly"),
         ([1.0, math.nan, 0.0], "given .*nan"),
         (np.linspace(1.8, 0, 9), r"given \[1.8, 1.575, 1.35, ..., 0.45, 0.225, 0\]"),
-        ("shifted", "sigmas is a str, not numbers; give"),
+        ("shifted", "sigmas is a str, not real numbers; give"),
     ],
 )
 def test_sigmas_must_fall_within_zero_and_one(sigmas, message):

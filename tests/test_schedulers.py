@@ -292,10 +292,10 @@ def test_what_is_no_scheduler_is_refused(given):
         StepTable.from_scheduler(given, 20)
 
 
-@pytest.mark.parametrize("num_steps", [0, -3, 2.5, "20"])
+@pytest.mark.parametrize("num_steps", [0, -3, 2.5, "'20'", True])
 def test_step_counts_that_are_none_are_refused(num_steps):
     with pytest.raises(ValueError, match=rf"num_inference_steps={num_steps} must be a whole number of at least 1"):
-        StepTable.from_scheduler(build_scheduler("DDIMScheduler"), num_steps)
+        StepTable.from_scheduler(build_scheduler("DDIMScheduler"), "20" if num_steps == "'20'" else num_steps)
 
 
 def test_step_counts_beyond_the_schedule_are_refused():

@@ -211,7 +211,9 @@ def test_a_table_keeps_its_dtypes():
     ("name", "value"), [("timesteps", "abc"), ("sample_coef", None), ("std", ["a"] * T), ("credit", None)]
 )
 def test_columns_that_are_no_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is a {type(value).__name__}, not numbers; give one number per step"):
+    with pytest.raises(
+        ValueError, match=f"{name} is a {type(value).__name__}, not real numbers; give one number per step"
+    ):
         table_of(**{name: value})
 
 
@@ -390,7 +392,7 @@ def test_the_columns_of_the_log_probability(sde):
         ({"credit": [1.0] * 5, "target_weight": 1.0}, "target_weight=1.0 has no meaning beside a tensor of weights"),
         ({"std": [1e-40, 0.1, 0.1, 0.1, 0]}, r"does not fit into float32 at step 0 \(std 1e-40, weight"),
         ({"output_coef": [-1e-9] * 5, "std": [0.1, 1e-47, 0.1, 0.1, 0]}, "does not fit into float32 at step 1"),
-        ({"credit": "constant", "target_weight": 1e300}, r"does not fit into float32 at step 0 .*weight 1e\+300"),
+        ({"credit": "constant", "target_weight": 1e300}, "target_weight=1e.300 is not a credit; give a finite"),
     ],
     ids=str,
 )
@@ -404,7 +406,6 @@ def test_what_is_no_table_is_refused(kwargs, message):
     [
         {"noise_level": 1e-40},
         {"noise_level": 1e25},
-        {"credit": "proportionate", "target_weight": 1e300},
     ],
     ids=str,
 )

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pcpo_fast import samplers
-from pcpo_fast.config import Config, read_config, read_yaml
+from pcpo_fast.config import Config, read_config
+from pcpo_fast.documents import read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import find_model
 from pcpo_fast.presets import PRESETS

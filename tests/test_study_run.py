@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("torchmetrics")
 
+from pcpo_fast.errors import SettingError
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.study import gradients, run
 
@@ -166,3 +168,13 @@ def test_the_result_is_written_last_and_has_no_number_that_is_none(tmp_path, mon
     result = result_of(folder)
     assert [row["signal"] for row in result["gradients"]] == [[None, None, 1.0]] * 2
     assert [(row["pixel_diversity"], row["feature_diversity"]) for row in result["evaluations"]] == [(None, None)] * 2
+
+
+def test_a_run_whose_metrics_are_lost_says_so(whole, tmp_path):
+    """Its result would lack them."""
+    folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / run.RESULT).unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(line for line in lines if '"epoch": 1,' not in line))
+    with pytest.raises(SettingError, match=rf"^output_dir: {folder}/metrics.jsonl lacks .*; remove {folder}, and the"):
+        run.run(folder)

@@ -11,6 +11,7 @@ from pcpo_fast.config import Config
 from pcpo_fast.errors import SettingError
 from pcpo_fast.run_folder import LOCK
 from pcpo_fast.study import runner
+from pcpo_fast.study.__main__ import main as study_main
 from pcpo_fast.terminal import printable, say
 from pcpo_fast.train import main, parse
 
@@ -92,6 +93,28 @@ def test_a_file_cannot_trust_itself(tmp_path, theirs, capsys):
     assert main(["--config", str(tmp_path / "config.json")]) == 2
     assert "trust_rewards: no setting has this name" in capsys.readouterr().err
     assert not theirs.exists()
+
+
+@pytest.mark.parametrize("place", ["settings", "task", "algorithm"])
+@pytest.mark.parametrize(("name", "value", "function"), OWN, ids=lambda case: str(case))
+def test_a_study_imports_them_only_if_it_is_trusted(tmp_path, theirs, capsys, place, name, value, function):
+    task = {"preset": "digits", "baseline": "a", "targets": [-0.5], "frechet_limit": 1.0}
+    study = {
+        "settings": {name: value} if place == "settings" else {},
+        "tasks": {"digits": task | ({"settings": {name: value}} if place == "task" else {})},
+        # whose credit asks for the sampler's table
+        "algorithms": {"a": {"credit_powers": [1, 0]} | ({name: value} if place == "algorithm" else {})},
+        "parts": {"equal": {"learning_rates": [1e-4], "seeds": [0]}},
+    }
+    (tmp_path / "theirs.yaml").write_text(json.dumps(study))
+    arguments = [str(tmp_path / "theirs.yaml"), "--list", "--output-dir", str(tmp_path / "study")]
+    assert study_main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f": {name}: {function!r} comes from a file, and to import it is to run that program;" in error
+    assert error.endswith("if you trust it, add --trust-rewards\n") and not theirs.exists()
+    # the sampler of the test fails when it is called
+    assert study_main([*arguments, "--trust-rewards"]) == (2 if name == "sampler" else 0)
+    assert theirs.exists() and "comes from a file" not in capsys.readouterr().err
 
 
 def test_what_is_to_be_typed_is_quoted(tmp_path, capsys):

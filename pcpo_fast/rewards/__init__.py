@@ -25,6 +25,7 @@ from pcpo_fast.config import DataSettings
 from pcpo_fast.errors import SettingError, describe_error
 from pcpo_fast.functions import import_function
 from pcpo_fast.isolation import OutOfTime, kept_globals, seed_generators, time_limit
+from pcpo_fast.prompts import Prompts
 from pcpo_fast.rewards.scores import to_scores
 from pcpo_fast.terminal import say
 
@@ -135,7 +136,7 @@ class RewardSet:
             total += weight * scores[name]
         return total, scores
 
-    def try_out(self, prompts: Sequence[str], size: tuple[int, int], device: torch.device) -> None:
+    def try_out(self, prompts: Prompts, size: tuple[int, int], device: torch.device) -> None:
         """Calls every reward once, on two images of noise with the first prompts; size is height and width.
 
         Raises:
@@ -143,7 +144,8 @@ class RewardSet:
         """
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
         try:
-            self(images, (list(prompts) * 2)[:2])
+            first = (list(prompts) * 2)[:2]
+            self(images, first, prompts.about(first))
         except RewardError as error:
             raise SettingError(self.setting, f"{error}. This was a trial before the run, on two images") from error
 

@@ -27,12 +27,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import Credit, Scheme, abbreviate, check_choice, check_level, checked_numbers, stochastic_steps
+from .checks import (
+    Credit,
+    Scheme,
+    abbreviate,
+    check_choice,
+    checked_level,
+    checked_numbers,
+    is_finite,
+    shown,
+    stochastic_steps,
+)
 
 if TYPE_CHECKING:
     from .table import StepTable
@@ -89,12 +99,13 @@ def ddim_table(
     from .table import StepTable
 
     alphas, indices = _checked_schedule(alphas_cumprod, timesteps)
-    check_choice("credit", credit, Credit)
-    check_choice("prediction_type", prediction_type, PredictionType)
-    check_level(credit, target_weight)
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta={eta} is not a noise level; give a finite number >= 0 (1 is the usual choice)")
-    final = float(alphas[0]) if final_alpha_cumprod is None else float(final_alpha_cumprod)
+    check_choice("credit", credit, get_args(Credit))
+    check_choice("prediction_type", prediction_type, get_args(PredictionType))
+    target_weight = checked_level(credit, target_weight)
+    if not (is_finite(eta) and eta >= 0):
+        raise ValueError(f"eta={shown(eta)} is not a noise level; give a finite number >= 0 (1 is the usual choice)")
+    eta = float(eta)
+    final = float(alphas[0] if final_alpha_cumprod is None else _checked_final(final_alpha_cumprod))
     at = alphas[indices]
     ap = torch.cat([at[1:], at.new_tensor([final])])
     if not float(at[-1]) <= final <= 1:
@@ -141,6 +152,13 @@ def ddim_table(
         return table
     none = torch.zeros_like(std)
     return table.with_noise_only(chosen, StepTable(indices, *_coefs(at, ap, none, prediction_type), none))
+
+
+def _checked_final(final_alpha_cumprod: Any) -> Tensor:
+    final = checked_numbers("final_alpha_cumprod", final_alpha_cumprod, "one number")
+    if final.ndim:
+        raise ValueError(f"final_alpha_cumprod has shape {tuple(final.shape)}; give one number")
+    return final
 
 
 def _checked_schedule(alphas_cumprod: Tensor | Sequence[float], timesteps: Tensor | Sequence[int]):

@@ -21,12 +21,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .checks import Credit, Scheme, abbreviate, check_choice, check_level, checked_numbers, stochastic_steps
+from .checks import (
+    LARGEST,
+    Credit,
+    Scheme,
+    abbreviate,
+    check_choice,
+    checked_count,
+    checked_level,
+    checked_numbers,
+    is_finite,
+    shown,
+    stochastic_steps,
+)
 
 if TYPE_CHECKING:
     from .table import StepTable
@@ -97,13 +109,13 @@ def flow_table(
             f"sigmas must decrease strictly and lie in [0, 1]; given {abbreviate(levels)}. shifted_sigmas makes such a "
             "list"
         )
-    check_choice("sde", sde, FlowSDE)
-    check_choice("credit", credit, Credit)
-    check_choice("last_step", last_step, LastStep)
-    check_level(credit, target_weight)
-    if not 0 < num_train_timesteps < math.inf:
+    check_choice("sde", sde, get_args(FlowSDE))
+    check_choice("credit", credit, get_args(Credit))
+    check_choice("last_step", last_step, get_args(LastStep))
+    target_weight = checked_level(credit, target_weight)
+    if not (is_finite(num_train_timesteps) and num_train_timesteps > 0):
         raise ValueError(
-            f"num_train_timesteps={num_train_timesteps} must be positive and finite; 1000 is the usual choice"
+            f"num_train_timesteps={shown(num_train_timesteps)} must be positive and finite; 1000 is the usual choice"
         )
     nu = _checked_noise(NOISE_LEVELS[sde] if noise_level is None else noise_level, sde, len(levels) - 1)
 
@@ -121,7 +133,7 @@ def flow_table(
             f"credit={credit!r} needs a stochastic sampler, but every std is 0; use noise_level > 0 and at least 2 "
             "steps, or last_step='noise'"
         )
-    timesteps = (t * num_train_timesteps).to(torch.float32)
+    timesteps = (t * float(num_train_timesteps)).to(torch.float32)
     table = StepTable(
         timesteps,
         sample_coef,
@@ -153,10 +165,10 @@ def shifted_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
     Raises:
         ValueError: for fewer than 1 step and for a shift that is not positive and finite.
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number of at least 1")
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift={shift} is not a shift; give a finite number > 0 (1 changes nothing)")
+    num_inference_steps = checked_count("num_inference_steps", num_inference_steps)
+    if not (is_finite(shift) and shift > 0):
+        raise ValueError(f"shift={shown(shift)} is not a shift; give a finite number > 0 (1 changes nothing)")
+    shift = float(shift)
     s = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)
     sigmas = shift * s / (1 + (shift - 1) * s)
     # shift / (1 + (shift - 1)) may round
@@ -179,7 +191,7 @@ def _checked_noise(noise_level: float | Tensor | Sequence[float], sde: str, num_
             f"noise_level has shape {tuple(given.shape)} and the table {num_steps} steps; give one number, or one per "
             "step"
         )
-    bad = ~given.isfinite() | (given < 0)
+    bad = ~(given <= LARGEST) | (given < 0)
     if bool(bad.any()):
         raise ValueError(
             f"noise_level={float(given[bad][0])} is not a noise level; give finite numbers >= 0 (0.7 is the usual "

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import Credit, abbreviate
+from .checks import Credit, abbreviate, check_flag, checked_count, checked_numbers, shown, whole_number
 from .ddim import ddim_table
 from .flow import FlowSDE, LastStep, flow_table, is_sigma_schedule
 
@@ -95,6 +96,7 @@ def from_scheduler(
             sigmas that do not fall. Each message names the setting to change.
     """
     family = family_of(scheduler)
+    check_flag("use_current", use_current)
     name = type(scheduler).__name__
     common: dict[str, Any] = {
         "credit": credit,
@@ -123,7 +125,8 @@ def from_scheduler(
         raise ValueError(f"eta is DDIM's and {name} is a flow scheduler; leave it out and use noise_level")
     levels, timesteps = _flow_schedule(scheduler, num_inference_steps, use_current, sigmas, image_seq_len)
     common["noise_level"] = noise_level
-    table = flow_table(levels, sde=sde or "flow", last_step=last_step or "ode", **common)
+    named = {name: given for name, given in (("sde", sde), ("last_step", last_step)) if given is not None}
+    table = flow_table(levels, **named, **common)
     return dataclasses.replace(table, timesteps=timesteps)
 
 
@@ -210,18 +213,15 @@ def _check_number_of_steps(scheduler: Any, num_inference_steps: int | None, use_
                 f"use_current=True and this {type(scheduler).__name__} was not set to any timesteps; call its "
                 "set_timesteps first, or give num_inference_steps alone"
             )
-        return
-    if num_inference_steps is None:
+    elif num_inference_steps is None:
         raise ValueError("num_inference_steps is missing; give the number of steps, or use_current=True")
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps={num_inference_steps} must be a whole number of at least 1")
 
 
 def _check_current(timesteps: Tensor, num_inference_steps: int | None) -> None:
     if num_inference_steps not in (None, len(timesteps)):
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} and the scheduler is set to {len(timesteps)} steps; leave it "
-            "out beside use_current=True"
+            f"num_inference_steps={shown(num_inference_steps)} and the scheduler is set to {len(timesteps)} steps; "
+            "leave it out beside use_current=True"
         )
 
 
@@ -245,9 +245,10 @@ def _diffusion_schedule(scheduler: Any, num_inference_steps: int | None, use_cur
             timesteps = timesteps.unique_consecutive()
         _check_current(timesteps, num_inference_steps)
     else:
-        if num_inference_steps > config.num_train_timesteps:
+        count = checked_count("num_inference_steps", num_inference_steps)
+        if count > config.num_train_timesteps:
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} must lie between 1 and the schedule's "
+                f"num_inference_steps={count} must lie between 1 and the schedule's "
                 f"{config.num_train_timesteps} training steps"
             )
         from diffusers import DDIMScheduler
@@ -258,7 +259,7 @@ def _diffusion_schedule(scheduler: Any, num_inference_steps: int | None, use_cur
             timestep_spacing=config.timestep_spacing,
             steps_offset=config.steps_offset,
         )
-        ddim.set_timesteps(num_inference_steps)
+        ddim.set_timesteps(count)
         timesteps = ddim.timesteps
         if int(timesteps.max()) >= config.num_train_timesteps:
             raise ValueError(
@@ -295,10 +296,11 @@ def _flow_schedule(
         _check_current(scheduler.timesteps, num_inference_steps)
         own = scheduler
     else:
-        given = None if sigmas is None else torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
-        if given is not None and given.shape != (num_inference_steps,):
+        count = checked_count("num_inference_steps", num_inference_steps)
+        given = None if sigmas is None else checked_numbers("sigmas", sigmas, "one per step, (T,)")
+        if given is not None and given.shape != (count,):
             raise ValueError(
-                f"sigmas has shape {tuple(given.shape)} and num_inference_steps is {num_inference_steps}; give one "
+                f"sigmas has shape {tuple(given.shape)} and num_inference_steps is {count}; give one "
                 "per step, without the final 0, such as linspace(1, 1 / T, T)"
             )
         shift = {}
@@ -310,7 +312,7 @@ def _flow_schedule(
                 )
             shift["mu"] = _dynamic_shift(config, image_seq_len)
         own = copy.deepcopy(scheduler)
-        own.set_timesteps(num_inference_steps, sigmas=None if given is None else given.tolist(), **shift)
+        own.set_timesteps(count, sigmas=None if given is None else given.tolist(), **shift)
     if not is_sigma_schedule(own.sigmas):
         raise ValueError(
             f"{name} with these settings has sigmas {abbreviate(own.sigmas)}, and they must decrease strictly within "
@@ -327,11 +329,12 @@ def _dynamic_shift(config: Any, image_seq_len: int) -> float:
             f"base_image_seq_len and max_image_seq_len are both {longest}, and the shift is a line between them; build "
             "the scheduler with two numbers, or with use_dynamic_shifting=False"
         )
+    tokens = whole_number(image_seq_len) or 0
     slope = (config.max_shift - config.base_shift) / (longest - shortest)
-    mu = image_seq_len * slope + config.base_shift - slope * shortest
+    mu = tokens * slope + config.base_shift - slope * shortest if 0 < tokens < 2**31 else math.inf
     # the schedulers take its exponential
-    if not isinstance(image_seq_len, int) or image_seq_len < 1 or mu > LARGEST_MU:
+    if mu > LARGEST_MU:
         raise ValueError(
-            f"image_seq_len={image_seq_len} is no size of an image; give the number of its patches, such as 4096"
+            f"image_seq_len={shown(image_seq_len)} is no size of an image; give the number of its patches, such as 4096"
         )
     return mu

@@ -36,10 +36,22 @@ from torch import Tensor
 
 from pcpo_fast.columns import COLUMNS
 
-from .checks import Scheme, check_level, checked_steps
+from .checks import (
+    Scheme,
+    check_choice,
+    check_flag,
+    checked_level,
+    checked_numbers,
+    checked_steps,
+    is_finite,
+    shown,
+    whole_number,
+)
 from .ddim import ddim_table
 from .flow import flow_table
 from .schedulers import from_scheduler
+
+ONE_PER_STEP = "one number per step, (T,)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -73,9 +85,10 @@ class StepTable:
         rows: float32 (T, 8), contiguous, with the columns `pcpo_fast.columns.COLUMNS`: what the ops read.
 
     Raises:
-        ValueError: for shapes that differ, a negative or non-finite entry, an unknown credit, a level without a scheme
-            that uses it, a weight whose sign is not that of the native one, and for a table that does not fit into
-            float32.
+        TypeError: for a `normalized` or `guard` that is not True or False.
+        ValueError: for anything but real numbers, shapes that differ, a negative or non-finite entry, an unknown
+            credit, a level without a scheme that uses it, a weight whose sign is not that of the native one, and for a
+            table that does not fit into float32.
     """
 
     timesteps: Tensor
@@ -97,13 +110,17 @@ class StepTable:
 
     def __post_init__(self) -> None:
         # a tensor stays where it is, whatever the default device
-        place = {"device": self.timesteps.device} if isinstance(self.timesteps, Tensor) else {}
-        timesteps = _own("timesteps", self.timesteps, **place)
+        place = self.timesteps.device if isinstance(self.timesteps, Tensor) else None
+        timesteps = checked_numbers("timesteps", self.timesteps, ONE_PER_STEP, dtype=None, device=place)
         if timesteps.ndim != 1 or timesteps.numel() == 0:
             raise ValueError(
                 f"timesteps has shape {tuple(timesteps.shape)}; give one number per step, (T,) with T >= 1"
             )
+        if not bool(timesteps.isfinite().all()):
+            raise ValueError("timesteps has an entry that is not finite; give finite numbers")
         self._set("timesteps", timesteps)
+        for name in ("normalized", "guard"):
+            check_flag(name, getattr(self, name))
         ones = torch.ones(len(timesteps), dtype=torch.float64, device=timesteps.device)
         defaults = {"interval": ones / len(timesteps), "epsilon_scale": ones}
         for name in ("sample_coef", "output_coef", "std", "interval", "epsilon_scale"):
@@ -118,8 +135,8 @@ class StepTable:
         else:
             if self.target_weight is not None:
                 raise ValueError(
-                    f"target_weight={self.target_weight} has no meaning beside a tensor of weights; leave it out, or "
-                    "choose credit='constant'"
+                    f"target_weight={shown(self.target_weight)} has no meaning beside a tensor of weights; leave it "
+                    "out, or choose credit='constant'"
                 )
             self._set("credit", self._column("credit", self.credit))
         turned = (self.weight * self.native_weight < 0).nonzero().flatten().tolist()
@@ -192,8 +209,13 @@ class StepTable:
         A `NoiseKey` draws other noise from it than from the whole, since a counter depends on step and length.
         """
         if not isinstance(steps, slice):
-            step = range(len(self))[steps]
-            steps = slice(step, step + 1)
+            index = whole_number(steps)
+            if index is None:
+                raise TypeError(f"{shown(steps)} is no step of a table; give a whole number, or a slice")
+            if not -len(self) <= index < len(self):
+                # ends a loop over the table, too
+                raise IndexError(f"step {shown(index)} is not in the table; it has {len(self)} steps")
+            steps = slice(index % len(self), index % len(self) + 1)
         columns: dict[str, Any] = {name: getattr(self, name)[steps] for name in _TENSORS}
         # the level of a scheme is a number by now, and stays
         credit = self.credit if isinstance(self.credit, str) else self.credit[steps]
@@ -214,10 +236,19 @@ class StepTable:
         """The same table, bit for bit, with every tensor on `device`.
 
         Raises:
-            TypeError: for a dtype: a table keeps its own.
+            TypeError: for a dtype, since a table keeps its own, and for anything but a device.
+            ValueError: for a name that is no device's.
         """
         if isinstance(device, torch.dtype):
             raise TypeError(f"a table keeps its own dtypes and was given {device}; give a device alone")
+        if not isinstance(device, str | torch.device):
+            raise TypeError(
+                f"device={shown(device)} is a {type(device).__name__}; give one such as 'cuda', or tensor.device"
+            )
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={shown(device)} does not exist; give one such as 'cuda' or 'cpu'") from error
         moved = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -232,7 +263,7 @@ class StepTable:
         Raises:
             ValueError: for a timestep that is not in the table, or occurs in it more than once.
         """
-        given = torch.as_tensor(timesteps, device=self.timesteps.device)
+        given = checked_numbers("timesteps", timesteps, "those of some steps", dtype=None, device=self.timesteps.device)
         same = given[..., None] == self.timesteps.to(torch.promote_types(given.dtype, self.timesteps.dtype))
         count = same.sum(dim=-1)
         if bool((count == 0).any()):
@@ -282,11 +313,16 @@ class StepTable:
         since a counter depends on the length of the table.
 
         Raises:
+            TypeError: for anything but tables.
             ValueError: for no table, and for tables that differ in `normalized` or `guard`.
         """
+        if isinstance(tables, Tensor) or not isinstance(tables, Iterable):
+            raise TypeError(f"tables is a {type(tables).__name__}; give a list of StepTable")
         tables = list(tables)
         if not tables:
-            raise ValueError("there is no table to concatenate; give at least one")
+            raise ValueError("tables is empty: there is no table to concatenate; give at least one")
+        for table in tables:
+            check_table("tables", table)
         for name in ("normalized", "guard"):
             if len({getattr(table, name) for table in tables}) > 1:
                 raise ValueError(f"the tables differ in {name}; build all of them with the same")
@@ -300,8 +336,12 @@ class StepTable:
         The steps that keep their noise keep their weight.
 
         Raises:
-            ValueError: for a step that is no whole number or not in the table.
+            TypeError: if `deterministic` is no table.
+            ValueError: for a step that is no whole number or not in the table, and for another number of steps.
         """
+        check_table("deterministic", deterministic)
+        if len(deterministic) != len(self):
+            raise ValueError(f"deterministic has {len(deterministic)} steps and the table {len(self)}; make them equal")
         chosen = torch.zeros_like(self.trainable)
         chosen[checked_steps(steps, len(self))] = True
         names = ("sample_coef", "output_coef", "std")
@@ -326,14 +366,11 @@ class StepTable:
 
     def _level(self, credit: str) -> float | None:
         """The resolved `target_weight` of a scheme; None where no step would use it."""
-        if credit not in get_args(Scheme):
-            raise ValueError(
-                f"credit={credit!r} is not known; choose one of {', '.join(get_args(Scheme))}, or a tensor"
-            )
+        check_choice("credit", credit, get_args(Scheme), ", or a tensor")
         own, given = self._own_level(credit), self.target_weight
         # a model that puts out x0 - epsilon, say, has b > 0, and its level is negative
-        check_level(credit, abs(given) if given is not None and own is not None and own < 0 else given)
-        return own if given is None else given
+        checked_level(credit, abs(given) if own is not None and own < 0 and is_finite(given) else given)
+        return own if given is None else float(given)
 
     def _own_level(self, credit: str) -> float | None:
         """The sampler's own level; None where no step would use it."""
@@ -348,7 +385,7 @@ class StepTable:
         return float(weight.sum() / self.interval[counted].sum())
 
     def _column(self, name: str, values: Any) -> Tensor:
-        column = _own(name, values, dtype=torch.float64, device=self.timesteps.device)
+        column = checked_numbers(name, values, ONE_PER_STEP, device=self.timesteps.device)
         if column.shape != self.timesteps.shape:
             raise ValueError(
                 f"{name} has shape {tuple(column.shape)} and timesteps {tuple(self.timesteps.shape)}; give one number "
@@ -362,12 +399,12 @@ class StepTable:
         object.__setattr__(self, name, value)
 
 
-def _own(name: str, values: Any, **options: Any) -> Tensor:
-    """A tensor that nobody else holds: the table is made once, and does not follow what it was made of."""
-    try:
-        return torch.as_tensor(values, **options).detach().clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} is a {type(values).__name__}, not numbers; give one number per step, (T,)") from error
+def check_table(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a table."""
+    if not isinstance(value, StepTable):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; give a StepTable, such as StepTable.from_scheduler(...) makes"
+        )
 
 
 _TENSORS = ("timesteps", "sample_coef", "output_coef", "std", "interval", "epsilon_scale")

@@ -46,6 +46,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--results", type=Path, help="another study.json; its runs with equal settings are not repeated"
     )
     parser.add_argument("--report-only", action="store_true", help="write tables and figures of the finished runs")
+    parser.add_argument(
+        "--trust-rewards", action="store_true", help="import the rewards and samplers of your own that the file names"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs, and start none")
     return parser.parse_args(arguments)
 
@@ -73,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path = SHIPPED[options.file]
         if options.processes < 1:
             raise SettingError("processes", f"{options.processes} was given; give at least 1")
-        plan = read_plan(path)
+        plan = read_plan(path, trusted=options.trust_rewards)
         folder = (options.output_dir or Path("studies") / plan.name).expanduser()
         if options.list or options.report_only:
             study = Study(plan, Results(plan, folder, options.results))
@@ -84,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _announce(study, folder, resumed)
             status = study.run()
             if status > 128:
-                command = shlex.join(["pcpo", "study", options.file, "--output-dir", str(folder)])
+                trust = ["--trust-rewards"] if options.trust_rewards else []
+                command = shlex.join(["pcpo", "study", options.file, "--output-dir", str(folder), *trust])
                 say(f"Stopped with {len(study.finished)} of {study.total} runs finished; go on with: {command}")
                 return status
             if study.failed or study.waiting:

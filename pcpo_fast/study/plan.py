@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from pcpo_fast import samplers
-from pcpo_fast.config import Config, checked_settings, read_yaml
+from pcpo_fast.config import Config, checked_settings
+from pcpo_fast.documents import read_text, read_yaml
 from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import EMBEDDED, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.study.file import as_json, cells, checked_file
 from pcpo_fast.study.measures import SWEEP, file_name, is_sweep
-from pcpo_fast.train import check
+from pcpo_fast.train import check, check_trust
 
 # the files that come with the package, by name
 SHIPPED = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
@@ -113,22 +114,32 @@ class Plan:
         return self.file["tasks"][task]["frechet_limit"]
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path, *, trusted: bool = False) -> Plan:
     """Reads and checks a study file.
+
+    Args:
+        path: of the file.
+        trusted: whether the rewards and samplers of the user's own that it names may be imported.
 
     Raises:
         SettingError: for a file that cannot be read, and for every mistake in it; its name is the place of the mistake,
             such as "tasks.digits.settings.epochs".
     """
+    text = read_text(path, "study")
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = read_yaml(text)
+    except ValueError as error:
         raise SettingError("study", f"cannot read {path}: {error}") from error
-    return make_plan(path.stem, content)
+    return make_plan(path.stem, content, trusted=trusted)
 
 
-def make_plan(name: str, content: Any) -> Plan:
+def make_plan(name: str, content: Any, *, trusted: bool = False) -> Plan:
     """Checks the content of a study file.
+
+    Args:
+        name: of the study.
+        content: of the file.
+        trusted: as for `read_plan`.
 
     Raises:
         SettingError: as `read_plan`.
@@ -142,7 +153,7 @@ def make_plan(name: str, content: Any) -> Plan:
     pairs |= dict.fromkeys(
         (next(iter(file["tasks"])), name) for name in file["algorithms"].keys() - {a for _, a in pairs}
     )
-    return Plan(name, file, {pair: _config(file, *pair) for pair in pairs})
+    return Plan(name, file, {pair: _config(file, *pair, trusted=trusted) for pair in pairs})
 
 
 def run_id(task: str, algorithm: str, learning_rate: float, seed: int) -> str:
@@ -223,7 +234,7 @@ def _check_ids(file: Mapping[str, Any]) -> None:
                 )
 
 
-def _config(file: Mapping[str, Any], task: str, algorithm: str) -> Config:
+def _config(file: Mapping[str, Any], task: str, algorithm: str, *, trusted: bool) -> Config:
     """The settings of a task with an algorithm, with all checks that need no weights."""
     given = file["tasks"][task]
     own = {name: value for name, value in file["algorithms"][algorithm].items() if name != "title"}
@@ -246,6 +257,8 @@ def _config(file: Mapping[str, Any], task: str, algorithm: str) -> Config:
         if not numbers or len(powers) != 2 or not all(map(math.isfinite, powers)):
             raise SettingError(place, f"{powers!r} was given; give two numbers, p and q of |output_coef|^p std^q")
     try:
+        if not trusted:
+            check_trust(config)
         if powers is not None:
             config = config.resolved()
             credit = credit_weights(config, powers)

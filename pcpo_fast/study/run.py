@@ -24,6 +24,7 @@ from torch import Tensor
 import pcpo_fast
 from pcpo_fast.batch import Batch
 from pcpo_fast.config import Config
+from pcpo_fast.errors import SettingError
 from pcpo_fast.files import write_atomically
 from pcpo_fast.metrics import Record
 from pcpo_fast.rollout import Interrupted
@@ -100,6 +101,12 @@ def _measure_gradients(trainer: Trainer) -> None:
 def _result(trainer: Trainer) -> dict[str, Any]:
     samples = trainer.config.run.samples_per_epoch
     records = [record for record in trainer.metrics.records if "update/loss" in record]
+    if [record["epoch"] for record in records] != list(range(1, trainer.epoch + 1)):
+        raise SettingError(
+            "output_dir",
+            f"{trainer.metrics.path} lacks records of the {trainer.epoch} epochs, and they cannot be measured again; "
+            f"remove {trainer.folder}, and the study repeats the run",
+        )
     seconds = torch.tensor([record["time/processor"] for record in records], dtype=torch.float64).cumsum(0).tolist()
     accuracy = next(iter(trainer.eval_rewards.rewards), None)
     evaluations = [
