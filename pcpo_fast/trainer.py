@@ -88,6 +88,9 @@ class Trainer:
         if latest := self.checkpoints.find(resume=config.run.resume):
             state = self.checkpoints.load(latest, policy, self.optimizer, expected=state)
         self.epoch, self.next_sample, self.evaluated = (state[key] for key in ("epoch", "next_sample", "evaluated"))
+        # noise counters of an image; after other steps or another size a run goes on beyond all that it has drawn
+        self.counters = len(self.windows.tables[0]) * math.ceil(math.prod(policy.latent_shape) / 4)
+        self.next_sample = -(-self.next_sample * state.get("counters", self.counters) // self.counters)
         self.advantages.load_state_dict(state["advantages"])
         # the first file, since resuming needs it
         save_settings(folder, config, self.epoch, state.get("settings"))
@@ -253,4 +256,5 @@ class Trainer:
     def _save(self, random_state: dict) -> None:
         state = {"next_sample": self.next_sample, "evaluated": self.evaluated, "records": len(self.metrics.records)}
         state |= {"advantages": self.advantages.state_dict(), "settings": settings_of(self.config)}
+        state |= {"counters": self.counters}
         self.checkpoints.save(self.epoch, self.policy, self.optimizer, state, random_state)

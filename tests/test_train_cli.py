@@ -5,6 +5,7 @@ import importlib.metadata
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -395,13 +396,23 @@ def test_noise_is_never_used_twice(model, tmp_path, monkeypatch):
     assert ranges == [(0, 4), (4, 8), (8, 16), (16, 20), (20, 24)]
 
 
-def test_resuming_with_another_number_of_steps(model, tmp_path):
-    """Epochs of both numbers are in one picture."""
-    run = tmp_path / "run"
-    for epochs, steps, resume in ((1, 3, []), (2, 4, ["--resume"]), (3, 3, ["--resume"])):
-        assert main([*command(model, run, epochs=epochs, num_inference_steps=steps), *resume]) == 0
+def test_resuming_with_another_number_of_steps(model, tmp_path, monkeypatch):
+    """Epochs of all numbers are in one picture, and no image draws noise that an earlier one has drawn."""
+    run, drawn, rollout = tmp_path / "run", [], trainer.RolloutEngine.__call__
+
+    def watched(engine, table, conditioning, prompt, *, first_index, **settings):
+        if settings["record"]:
+            counters = len(table) * math.ceil(math.prod(engine.policy.latent_shape) / 4)
+            drawn.append((first_index * counters, (first_index + len(prompt)) * counters))
+        return rollout(engine, table, conditioning, prompt, first_index=first_index, **settings)
+
+    monkeypatch.setattr(trainer.RolloutEngine, "__call__", watched)
+    for epochs, steps, resolution in ((1, 3, 32), (2, 4, 32), (3, 2, 32), (4, 3, 16), (5, 3, 16)):
+        settings = {"epochs": epochs, "num_inference_steps": steps, "resolution": resolution}
+        assert main([*command(model, run, **settings), *(["--resume"] if epochs > 1 else [])]) == 0
     lengths = [len(record["update/clip_fraction_per_step"]) for record in records(run) if "reward/mean" in record]
-    assert lengths == [3, 4, 3]
+    assert lengths == [3, 4, 2, 3, 3]
+    assert len(drawn) == 5 and all(end <= start for (_, end), (start, _) in itertools.pairwise(drawn))
 
 
 def test_evaluating_more_often_changes_nothing_else(model, tmp_path, own_rewards):
