@@ -138,7 +138,7 @@ class Trainer:
         rewards[~complete] = math.nan
         peers = config.run.group_size if config.loss.advantage == "group" else len(prompts)
         self.rewards.check(rewards, scores, epoch, peers)
-        record = {"epoch": epoch, **reward_summary(rewards, scores, self.rewards.seconds)}
+        record = {"epoch": epoch, **reward_summary(rewards, scores, self.rewards.seconds, self.rewards.failed)}
         record |= {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
         tracker = copy.deepcopy(self.advantages)
         advantages = tracker(rewards, prompts, config.run.group_size).to(self.policy.device)
@@ -208,6 +208,8 @@ class Trainer:
         """The numbers of an evaluation, for float images (N, 3, H, W) in [0, 1]; a subclass can add its own."""
         total, scores = self.rewards(images, prompts)
         scores |= self.eval_rewards(images, prompts)[1]
+        for functions in (self.rewards, self.eval_rewards):
+            functions.report_failures(len(images))
         record = {"eval/reward": finite_mean(total)} | {f"eval/{key}": finite_mean(scores[key]) for key in scores}
         return record | {f"time/eval/{key}": s for key, s in (self.rewards.seconds | self.eval_rewards.seconds).items()}
 
