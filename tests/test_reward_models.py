@@ -184,27 +184,23 @@ def test_a_head_is_never_unpickled(folder, tmp_path):
     assert not (tmp_path / "harmed").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "missing"),
-    [
-        ("pickscore", "config.json was not found; give a folder that holds"),
-        ("clip_score", "config.json was not found; give a folder that holds"),
-        ("aesthetic", "config.json was not found; give a folder that holds"),
-    ],
-)
-def test_a_wrong_path_is_one_line_before_a_model_is_looked_for(capsys, name, missing):
-    arguments = ["--model", "./no-such-model", "--rewards", f"{name}:/not/there", "--eval-rewards"]
+@pytest.mark.parametrize("weights", ["/not/there", "./not/there", "there/", ""])
+@pytest.mark.parametrize("name", ["pickscore", "clip_score", "aesthetic"])
+def test_a_wrong_path_is_one_line_before_a_model_is_looked_for(capsys, name, weights):
+    arguments = ["--model", "./no-such-model", "--rewards", f"{name}:{weights}", "--eval-rewards"]
     assert train.main(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: --rewards: the reward '{name}:/not/there' /not/there/{missing}")
+    error = capsys.readouterr().err
+    start = f"error: --rewards: the reward '{name}:{weights}' looks for {weights}/config.json, which is not there; give"
+    assert error.startswith(start) and error.count("\n") == 1
 
 
 def test_a_folder_without_a_processor_or_a_head_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(RewardError, match=r"preprocessor_config.json was not found"):
+    with pytest.raises(RewardError, match=r"preprocessor_config.json, which is not there; give"):
         PickScore(str(tmp_path))
     (tmp_path / "preprocessor_config.json").write_bytes((folder / "preprocessor_config.json").read_bytes())
     PickScore(str(tmp_path))
-    with pytest.raises(RewardError, match=r"holds 0 \.pth files; put LAION's head"):
+    with pytest.raises(RewardError, match=r"which holds 0 \.pth files; put aesthetic-model.pth there"):
         Aesthetic(str(tmp_path))
 
 
@@ -215,8 +211,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line_before_a_model_is_looked_for(m
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
     assert train.main(["--model", "./no-such-model", "--rewards", name, "--eval-rewards"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --rewards: the reward {name!r} ") and error.count("\n") == 1
-    assert "config.json cannot be fetched from the hub: " in error and "give a local path" in error
+    assert error.startswith(f"error: --rewards: the reward {name!r} looks for ") and error.count("\n") == 1
+    assert "config.json, which cannot be fetched from the hub: " in error and "give a local path" in error
 
 
 @pytest.mark.parametrize(
@@ -313,5 +309,5 @@ def test_hps_scores_are_those_of_the_published_definition(tmp_path, monkeypatch)
     for weights in (tmp_path, tmp_path / "HPS_v2.1_compressed.pt"):
         total, _ = RewardSet([f"hpsv2:{weights}"])(IMAGES, PROMPTS)
         torch.testing.assert_close(total, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-    with pytest.raises(SettingError, match=r"HPS_v2.1_compressed.pt was not found; give the file"):
+    with pytest.raises(SettingError, match=r"HPS_v2.1_compressed.pt, which is not there; give the file"):
         RewardSet([f"hpsv2:{tmp_path.parent}"])

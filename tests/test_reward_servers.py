@@ -22,6 +22,7 @@ from PIL import Image
 from pipelines import records
 
 from pcpo_fast import train
+from pcpo_fast.__main__ import main
 from pcpo_fast.errors import RewardError, SettingError
 from pcpo_fast.reward_settings import RewardSettings
 from pcpo_fast.rewards import RewardSet
@@ -296,6 +297,13 @@ def test_a_command_line_that_cannot_be_served_is_one_line(capsys):
         assert "give a whole number of at least 1" in capsys.readouterr().err
 
 
+def test_a_server_without_its_packages_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "pcpo_fast.rewards.serve", raising=False)
+    assert main(["serve-reward", "jpeg_compressibility"]) == 2
+    assert capsys.readouterr().err == "error: a reward server needs fastapi; pip install 'pcpo-fast[serve]'\n"
+
+
 @pytest.mark.parametrize(
     ("servers", "message"),
     [
@@ -368,10 +376,12 @@ def test_a_run_goes_on_without_what_a_dying_server_left_out_and_then_ends_saved(
     assert (second["reward/failed/far"], second["reward/not_finite/far"], second["reward/not_finite"]) == (6, 6, 6)
     # the pictures are alike; zeros would pull the mean down
     assert second["reward/far"] > 0.75 * first["reward/far"] > 0
+    # after the trial and the four requests of epoch 3 it dies again, in the last evaluation
     with bad_server(port):
-        assert run(tmp_path, f"http://127.0.0.1:{port}/good", "--resume") == 0
-    third = [record for record in records(tmp_path) if "reward/mean" in record][2]
-    assert (third["epoch"], third["reward/failed/far"]) == (3, 0)
+        assert run(tmp_path, f"http://127.0.0.1:{port}/dies-at-6", "--resume") == 0
+    assert f"warning: {failure} 2 of 2 images (ConnectError: " in capsys.readouterr().err
+    third, evaluation = records(tmp_path)[-2:]
+    assert (third["epoch"], third["reward/failed/far"], evaluation["eval/far"]) == (3, 0, None)
 
 
 def test_too_many_failures_end_a_run_saved(tmp_path, capsys, impatient):

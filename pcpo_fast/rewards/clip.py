@@ -129,8 +129,8 @@ class ClipScore(EncoderReward):
     published, processor = VIT_L, VIT_L
 
     def find(self) -> None:
-        self._model = find_weights(self.weights or self.published, CLIP_FILES[:1])
-        self._processor = find_weights(self.weights or self.processor, CLIP_FILES)
+        places = (self.published, self.processor) if self.weights is None else (self.weights, self.weights)
+        self._model, self._processor = find_weights(places[0], CLIP_FILES[:1]), find_weights(places[1], CLIP_FILES)
 
     def load(self, device: torch.device) -> Encoder:
         return load_clip(self._model, self._processor, device, DTYPES[self.options.dtype])
@@ -160,7 +160,8 @@ class Aesthetic(ClipScore):
             heads = sorted(self._model.glob("*.pth"))
             if len(heads) != 1:
                 raise RewardError(
-                    f"{self.weights} holds {len(heads)} .pth files; put LAION's head, {AESTHETIC_HEAD[1]}, there"
+                    f"looks for LAION's head in {self.weights}, which holds {len(heads)} .pth files; put "
+                    f"{AESTHETIC_HEAD[1]} there, alone"
                 )
             self._head: Path | None = heads[0]
         else:

@@ -35,7 +35,9 @@ class HpsV2(EncoderReward):
         path = Path(self.weights).expanduser()
         self._file = path / PUBLISHED[1] if path.is_dir() else path
         if not self._file.is_file():
-            raise RewardError(f"{self._file} was not found; give the file {PUBLISHED[1]}, or the folder that holds it")
+            raise RewardError(
+                f"looks for {self._file}, which is not there; give the file {PUBLISHED[1]}, or the folder that holds it"
+            )
 
     def load(self, device: torch.device) -> Encoder:
         import open_clip  # pyright: ignore[reportMissingImports]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,12 +34,12 @@ def find_weights(weights: str, files: Sequence[str]) -> Path | str:
     """
     folder = Path(weights).expanduser()
     # a hub name has the form owner/name and is no path on this machine
-    if weights[:1] in ("", ".", "/", "~") or weights.count("/") != 1 or folder.exists():
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", weights) or folder.exists():
         for name in files:
             if not (folder / name).is_file():
                 raise RewardError(
-                    f"{weights}/{name} was not found; give a folder that holds {', '.join(files)}, or a hub name "
-                    "(owner/name)"
+                    f"looks for {weights}/{name}, which is not there; give a folder that holds {', '.join(files)}, or "
+                    "a hub name (owner/name)"
                 )
         return folder
     for name in files:
@@ -60,6 +61,7 @@ def check_hub(repository: str, name: str) -> None:
     except Exception as error:
         # the hub's errors have no class in common
         raise RewardError(
-            f"{repository}/{name} cannot be fetched from the hub: {type(error).__name__}: {one_line(error)}; connect "
-            "to the hub, log in if the repository asks for it, or give a local path after the reward's name and a colon"
+            f"looks for {repository}/{name}, which cannot be fetched from the hub: {type(error).__name__}: "
+            f"{one_line(error)}; connect to the hub, log in if the repository asks for it, or give a local path after "
+            "the reward's name and a colon"
         ) from error
