@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pcpo_fast.advantages import Baseline
 from pcpo_fast.documents import read_json, read_text, read_yaml
 from pcpo_fast.errors import SettingError
+from pcpo_fast.reward_settings import RewardSettings
 from pcpo_fast.samplers import Credit
 
 Attention = Literal["sdpa", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "sdpa-math", "xformers", "flash"]
@@ -173,21 +174,10 @@ class LossSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class DataSettings(RewardSettings):
     prompts: str = "digits"
     """Training prompts: a text file with one per line, or a built-in list: "digits" or "animals".
     A .jsonl or .json file holds texts, or objects with a "prompt" whose other entries rewards get as metadata."""
-    rewards: tuple[str, ...] = ("digit_alignment",)
-    """Rewards to train on: names, or module:function for your own.
-    A weight may follow, as in jpeg_compressibility=0.5."""
-    eval_rewards: tuple[str, ...] = ("digit_accuracy",)
-    """Rewards that are measured in evaluations and never trained on."""
-    reward_timeout: Positive | None = None
-    """Seconds that one reward may take for the images of an epoch or an evaluation; None means any time."""
-
-    def check(self) -> None:
-        if not self.rewards:
-            raise SettingError("rewards", "is empty; name at least one reward")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,10 @@ class SettingError(ValueError):
         self.name, self.reason = name, reason
 
 
+class RewardError(ValueError):
+    """A reward cannot score its images or prompts, or its result is not a score per image."""
+
+
 def describe_error(error: BaseException) -> str:
     """The kind, the text and the place of an error in code of the user's own: "KeyError: 3 (score.py, line 7, in f)".
 

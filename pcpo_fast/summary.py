@@ -19,9 +19,11 @@ REWARD_QUANTILES = (0.1, 0.9)
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
 
-def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor], seconds: Mapping[str, float]) -> Record:
+def reward_summary(
+    rewards: Tensor, scores: Mapping[str, Tensor], seconds: Mapping[str, float], failed: Mapping[str, int]
+) -> Record:
     """Mean, std and quantiles of the finite rewards, float32 (N,), how many are not finite; and of each score by name
-    the mean, how many are not finite, and how long it took."""
+    the mean, how many are not finite, how many of these a server failed to score, and how long it took."""
     finite = rewards[rewards.isfinite()]
     return {
         "reward/mean": finite.mean().item(),
@@ -30,6 +32,7 @@ def reward_summary(rewards: Tensor, scores: Mapping[str, Tensor], seconds: Mappi
         "reward/not_finite": len(rewards) - len(finite),
         **{f"reward/{name}": finite_mean(score) for name, score in scores.items()},
         **{f"reward/not_finite/{name}": int((~score.isfinite()).sum()) for name, score in scores.items()},
+        **{f"reward/failed/{name}": count for name, count in failed.items()},
         **{f"time/reward/{name}": value for name, value in seconds.items()},
     }
 

@@ -19,7 +19,7 @@ from pcpo_fast.errors import SettingError
 from pcpo_fast.policies import ModelSource, find_device, find_model
 from pcpo_fast.presets import PRESETS
 from pcpo_fast.prompts import load_prompts
-from pcpo_fast.rewards import REWARDS, RewardError, Rewards, RewardSet, reward_sets
+from pcpo_fast.rewards import RewardError, Rewards, RewardSet, is_own, reward_sets
 from pcpo_fast.run_folder import run_folder, saved_settings
 from pcpo_fast.terminal import one_line, printable, say
 from pcpo_fast.trainer import Trainer
@@ -37,8 +37,8 @@ TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 # settings that a resumed run cannot change
 KEPT = ("model", "tuning", "lora_path", "lora_rank", "lora_alpha", "lora_target_modules")
-# settings that may name functions of the user's own, as module:function
-OWN = ("rewards", "eval_rewards", "sampler")
+# settings that may name functions of the user's own, as module:function, or servers
+OWN = ("rewards", "eval_rewards", "sampler", "reward_servers")
 # dynamo recompiles: block kinds x latent shapes x {grad, no grad}, with headroom
 RECOMPILE_LIMIT = 64
 
@@ -110,21 +110,29 @@ def parse(arguments: Sequence[str]) -> tuple[str, Config]:
 
 
 def check_trust(config: Config, named: Sequence[str] | None = None) -> None:
-    """Refuses functions of the user's own that are not `named`, where they can be: importing one runs a program.
+    """Refuses what a file gives and the command line has not `named`, where it can: functions of the user's own, since
+    importing one runs a program, and servers, which are sent all prompts and images.
 
     Raises:
         SettingError: with the name of the setting.
     """
-    known = {spec.partition("=")[0] for spec in named or ()}
+    known = {*(named or ()), *(spec.partition("=")[0] for spec in named or ())}
     for name in OWN:
         value = config.flat()[name]
         specs = value if isinstance(value, tuple) else (value or "",)
-        for function in (spec.partition("=")[0] for spec in specs):
-            if ":" in function and function not in REWARDS and function not in known:
+        for spec in specs:
+            function = spec.partition("=")[0]
+            if name == "reward_servers":
+                given, danger = spec, "it is sent all prompts and images"
+            elif is_own(function) or (name == "sampler" and ":" in function):
+                given, danger = function, "to import it is to run that program"
+            else:
+                continue
+            if given not in known:
                 flag = f"name it on the command line (--{name.replace('_', '-')} {shlex.join(specs)}), or "
                 raise SettingError(
                     name,
-                    f"{function!r} comes from a file, and to import it is to run that program; if you trust it, "
+                    f"{given!r} comes from a file, and {danger}; if you trust it, "
                     f"{'' if named is None else flag}add --trust-rewards",
                 )
 
@@ -136,8 +144,8 @@ def check(config: Config, rewards: Rewards | None = None) -> ModelSource:
         SettingError: for a setting that cannot be run.
     """
     load_prompts(config.data.prompts)
-    RewardSet(config.data.rewards if rewards is None else rewards)
-    RewardSet(config.data.eval_rewards, setting="eval_rewards")
+    RewardSet(config.data.rewards if rewards is None else rewards, options=config.data)
+    RewardSet(config.data.eval_rewards, setting="eval_rewards", options=config.data)
     source = find_model(config.model)
     WindowSchedule(config, source.schedule())
     samplers.build_for_evaluation(config.sampler, source.schedule())

@@ -141,7 +141,7 @@ class Trainer:
         rewards[~complete] = math.nan
         peers = config.run.group_size if config.loss.advantage == "group" else len(prompts)
         self.rewards.check(rewards, scores, epoch, peers)
-        record = {"epoch": epoch, **reward_summary(rewards, scores, self.rewards.seconds)}
+        record = {"epoch": epoch, **reward_summary(rewards, scores, self.rewards.seconds, self.rewards.failed)}
         record |= {"time/rollout": sampled - started, "time/reward": time.perf_counter() - sampled}
         tracker = copy.deepcopy(self.advantages)
         advantages = tracker(rewards, prompts, config.run.group_size).to(self.policy.device)

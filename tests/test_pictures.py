@@ -34,7 +34,7 @@ def training_records(rewards, steps=STEPS):
             "update/clip_fraction_per_step": [None, *(0.1 * step for step in range(1, steps))],
             "update/output_grad_norm_per_step": [None, *(epoch + step for step in range(1, steps))],
         }
-        yield {"epoch": epoch, **reward_summary(torch.tensor(row), {}, {}), **lists}
+        yield {"epoch": epoch, **reward_summary(torch.tensor(row), {}, {}, {}), **lists}
 
 
 @pytest.fixture

@@ -1023,9 +1023,10 @@ def settings_groups():
 
 
 def documented(group):
-    body = ast.parse(inspect.getsource(group)).body[0].body
+    bodies = [ast.parse(inspect.getsource(kind)).body[0].body for kind in reversed(group.__mro__[:-1])]
     return {
         node.target.id: " ".join(doc.value.value.split())
+        for body in bodies
         for node, doc in itertools.pairwise(body)
         if isinstance(node, ast.AnnAssign) and isinstance(doc, ast.Expr)
     }
@@ -1063,7 +1064,7 @@ def test_the_command_pcpo(model, tmp_path, capsys):
     assert capsys.readouterr().out == f"pcpo-fast {__version__}\n"
     for arguments in ([], ["--help"], ["-h"]):
         assert pcpo(arguments) == 0
-        assert "train      align" in capsys.readouterr().out
+        assert "train         align" in capsys.readouterr().out
     assert pcpo(["trian"]) == 2
     assert "error: there is no command 'trian'" in capsys.readouterr().err
     assert pcpo(["train", *command(model, tmp_path / "run", epochs=1)]) == 0

@@ -22,12 +22,16 @@ import torch
 from torch import Tensor
 
 from pcpo_fast.config import DataSettings
-from pcpo_fast.errors import SettingError, describe_error
+from pcpo_fast.errors import RewardError, SettingError, describe_error
 from pcpo_fast.functions import import_function
 from pcpo_fast.isolation import OutOfTime, kept_globals, seed_generators, time_limit
+from pcpo_fast.policies import find_device
 from pcpo_fast.prompts import Prompts
+from pcpo_fast.reward_settings import RewardSettings
+from pcpo_fast.rewards.clip import ModelOptions
+from pcpo_fast.rewards.http import HttpReward
 from pcpo_fast.rewards.scores import to_scores
-from pcpo_fast.terminal import say
+from pcpo_fast.terminal import say, warn
 
 # a function (images, prompts) or (images, prompts, metadata)
 Reward = Callable[..., Any]
@@ -39,41 +43,53 @@ REWARDS = {
     "digit_accuracy": "pcpo_fast.digits.rewards:accuracy",
     "jpeg_compressibility": "pcpo_fast.rewards.jpeg:compressibility",
     "jpeg_incompressibility": "pcpo_fast.rewards.jpeg:incompressibility",
+    "ocr": "pcpo_fast.rewards.ocr:Ocr",
+}
+# models, which may be followed by a colon and weights: a local path, or a hub name
+MODELS = {
+    "aesthetic": "pcpo_fast.rewards.clip:Aesthetic",
+    "clip_score": "pcpo_fast.rewards.clip:ClipScore",
+    "hpsv2": "pcpo_fast.rewards.hps:HpsV2",
+    "pickscore": "pcpo_fast.rewards.clip:PickScore",
 }
 # names of the metrics of all rewards together
-RESERVED = {"mean", "std", "quantiles", "not_finite", "reward"}
-
-
-class RewardError(ValueError):
-    """A reward cannot score its images or prompts, or its result is not a score per image."""
+RESERVED = {"mean", "std", "quantiles", "not_finite", "failed", "reward"}
 
 
 class RewardSet:
     """Several rewards and their weighted sum. They are found and checked when the set is made.
 
     Args:
-        rewards: a sequence of specs, each a `name`, `module:function`, or one of them followed by `=weight`; or a
-            mapping from names to functions, or to pairs (function, weight). The weight is 1 where none is given. A
-            class is built without arguments, once in a process, and its object is the function.
+        rewards: a sequence of specs, each a `name`, `model:weights`, `module:function`, or one of them followed by
+            `=weight`; or a mapping from names to functions, or to pairs (function, weight). The weight is 1 where none
+            is given. A class is built without arguments, once in a process, and its object is the function.
         setting: the setting that the rewards come from, for error messages.
         timeout: seconds that one call of a reward may take; None for any time.
+        options: how models score, and the servers.
 
     Attributes:
         rewards: functions and weights, by name.
         seconds: how long each reward took in the last call, by name.
+        failed: how many images of the last call each server failed to score, by name.
 
     Raises:
-        SettingError: for an unknown name, a module or function that is not there, a function that takes neither
-            (images, prompts) nor (images, prompts, metadata), a class that cannot be built, a weight that is not a
-            finite number, or a reward that is named twice.
+        SettingError: for an unknown name, a model whose weights or packages are missing, a module or function that is
+            not there, a function that takes neither (images, prompts) nor (images, prompts, metadata), a class that
+            cannot be built, a weight that is not a finite number, or a reward that is named twice.
     """
 
     def __init__(
-        self, rewards: Sequence[str] | Rewards, *, setting: str = "rewards", timeout: float | None = None
+        self,
+        rewards: Sequence[str] | Rewards,
+        *,
+        setting: str = "rewards",
+        timeout: float | None = None,
+        options: RewardSettings | None = None,
     ) -> None:
-        self.setting, self.timeout = setting, timeout
+        self.setting, self.timeout, self.options = setting, timeout, options or RewardSettings()
         self.rewards: dict[str, tuple[Reward, float]] = {}
         self.seconds: dict[str, float] = {}
+        self.failed: dict[str, int] = {}
         # rewards of which it was said that they do not tell images apart
         self._constant: set[str] = set()
         if isinstance(rewards, str):
@@ -84,7 +100,7 @@ class RewardSet:
         else:
             for spec in rewards:
                 name, equals, weight = spec.partition("=")
-                given.append((name, (_find(name, setting), _number(weight) if equals else 1.0)))
+                given.append((name, (_find(name, setting, self.options), _number(weight) if equals else 1.0)))
         for name, value in given:
             pair: Any = value if isinstance(value, tuple) and len(value) == 2 else (value, 1.0)
             reward, weight = pair
@@ -131,21 +147,32 @@ class RewardSet:
             function = _of_three(name, reward, self.setting)
             scores[name] = self._score(name, function, inputs, seed).where(finite, math.nan)
             self.seconds[name] = time.perf_counter() - started
+            if isinstance(reward, HttpReward):
+                self.failed[name] = reward.failed
+                if reward.failed:
+                    warn(f"{self._failure(name, len(prompts))}; they count as not finite")
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]
         return total, scores
 
     def try_out(self, prompts: Prompts, size: tuple[int, int], device: torch.device) -> None:
-        """Calls every reward once, on two images of noise with the first prompts; size is height and width.
+        """Calls every reward once, on two images of noise, of this height and width, with the first prompts. Servers
+        must be there and score them.
 
         Raises:
             SettingError: if a reward cannot score them.
         """
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        servers = {name: reward for name, (reward, _) in self.rewards.items() if isinstance(reward, HttpReward)}
         try:
+            for server in servers.values():
+                server.check_health()
             first = (list(prompts) * 2)[:2]
             self(images, first, prompts.about(first))
+            for name, server in servers.items():
+                if server.failed:
+                    raise RewardError(f"the reward {name!r}: the server {server.url} failed: {server.last_error}")
         except RewardError as error:
             raise SettingError(self.setting, f"{error}. This was a trial before the run, on two images") from error
 
@@ -153,8 +180,15 @@ class RewardSet:
         """Says, once, which rewards tell no image from the `peers` - 1 others that it is compared with.
 
         Raises:
-            RewardError: if no reward of the epoch is finite.
+            RewardError: if no reward of the epoch is finite, or a server failed to score too many of its images.
         """
+        for name, failed in self.failed.items():
+            limit = self.options.reward_failures
+            if failed > limit * len(rewards):
+                raise RewardError(
+                    f"{self._failure(name, len(rewards))} in epoch {epoch}, more than the {limit} of reward_failures; "
+                    "look at the server, then --resume"
+                )
         if not rewards.isfinite().any():
             raise RewardError(
                 f"every reward of epoch {epoch} is NaN or infinite ({', '.join(scores)}); look at the reward, or at "
@@ -162,12 +196,19 @@ class RewardSet:
             )
         for name, score in scores.items():
             groups = [group[group.isfinite()] for group in score.split(peers)]
-            if name not in self._constant and all((group == group[:1]).all() for group in groups):
+            told = name in self._constant or not score.isfinite().any()
+            if not told and all((group == group[:1]).all() for group in groups):
                 self._constant.add(name)
                 say(
                     f"warning: the reward {name!r} gave all images that are compared with one another the same score "
                     f"in epoch {epoch}; there it teaches nothing"
                 )
+
+    def _failure(self, name: str, count: int) -> str:
+        server: Any = self.rewards[name][0]
+        return (
+            f"the server of the reward {name!r} failed to score {server.failed} of {count} images ({server.last_error})"
+        )
 
     def _score(self, name: str, reward: Reward, inputs: Sequence[Any], seed: int) -> Tensor:
         what, started = f"the reward {name!r} (setting {self.setting})", time.perf_counter()
@@ -210,19 +251,45 @@ def reward_sets(
     Raises:
         SettingError: as `RewardSet`.
     """
-    trained = RewardSet(data.rewards if rewards is None else rewards, timeout=timeout)
+    trained = RewardSet(data.rewards if rewards is None else rewards, timeout=timeout, options=data)
     held_out = [name for name in data.eval_rewards if name not in trained.rewards]
-    return trained, RewardSet(held_out, setting="eval_rewards", timeout=timeout)
+    return trained, RewardSet(held_out, setting="eval_rewards", timeout=timeout, options=data)
 
 
-def _find(name: str, setting: str) -> Reward:
+def is_own(spec: str) -> bool:
+    """Whether a name, without a weight, is a function of the user's own: importing it runs a program."""
+    return ":" in spec and spec.partition(":")[0] not in MODELS
+
+
+def _find(name: str, setting: str, options: RewardSettings) -> Reward:
+    url = options.servers().get(name)
+    model, colon, weights = name.partition(":")
+    try:
+        if url is not None:
+            if name in REWARDS or name in MODELS:
+                raise SettingError("reward_servers", f"a reward {name!r} is built in; give the server another name")
+            return HttpReward(url, options.reward_batch_size)
+        if model in MODELS:
+            kind: Any = import_function(MODELS[model], setting)
+            return _build(kind, weights if colon else None, _model_options(options))
+    except RewardError as error:
+        raise SettingError(setting, f"the reward {name!r} {error}") from error
     spec = REWARDS.get(name, name)
     if ":" not in spec:
         raise SettingError(
             setting,
-            f"no reward is named {name!r}; choose one of {', '.join(REWARDS)}, or give your own as module:function",
+            f"no reward is named {name!r}; choose one of {', '.join([*REWARDS, *MODELS])}, or give your own as "
+            "module:function",
         )
     return import_function(spec, setting)
+
+
+def _model_options(options: RewardSettings) -> ModelOptions:
+    try:
+        device = None if options.reward_device is None else find_device(options.reward_device)
+    except SettingError as error:
+        raise SettingError("reward_device", error.reason) from error
+    return ModelOptions(options.reward_batch_size, options.reward_dtype, device)
 
 
 def _number(text: str) -> float:
@@ -233,10 +300,10 @@ def _number(text: str) -> float:
 
 
 @functools.cache
-def _build(kind: type) -> Any:
-    """The one object of a class, which may hold a large model."""
+def _build(kind: type, *arguments: Any) -> Any:
+    """The one object of a class with these arguments, which may hold a large model."""
     with kept_globals():
-        return kind()
+        return kind(*arguments)
 
 
 def _of_three(name: str, reward: Reward, setting: str) -> Reward:
@@ -248,6 +315,8 @@ def _of_three(name: str, reward: Reward, setting: str) -> Reward:
             reward = _build(reward)
         except KeyboardInterrupt:
             raise
+        except RewardError as error:
+            raise SettingError(setting, f"{what} {error}") from error
         except BaseException as error:
             raise SettingError(
                 setting, f"{what} is a class that cannot be built without arguments: {describe_error(error)}"

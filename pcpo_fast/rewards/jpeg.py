@@ -6,8 +6,9 @@ import io
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from pcpo_fast.rewards.pixels import to_pictures
 
 QUALITY = 95
 
@@ -23,9 +24,9 @@ def incompressibility(images: Tensor, prompts: Sequence[str]) -> Tensor:
         float32 (N,).
     """
     sizes = []
-    for pixels in (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+    for picture in to_pictures(images):
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, format="JPEG", quality=QUALITY)
+        picture.save(file, format="JPEG", quality=QUALITY)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes)
 
