@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 from pcpo_fast import train
 from pcpo_fast.digits.models import build_tokenizer
 from pcpo_fast.errors import RewardError, SettingError
+from pcpo_fast.prompts import Prompts
 from pcpo_fast.reward_settings import RewardSettings
 from pcpo_fast.rewards import MODELS, RewardSet, clip
 from pcpo_fast.rewards.clip import Aesthetic, ClipScore, ModelOptions, PickScore
@@ -168,7 +169,7 @@ def test_weights_that_lack_layers_are_refused(folder, tmp_path):
     del weights["visual_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SettingError, match=r"lack visual_projection.weight.*This was a trial before the run"):
-        RewardSet([f"clip_score:{tmp_path}"]).try_out(PROMPTS, 32, torch.device("cpu"))
+        RewardSet([f"clip_score:{tmp_path}"]).try_out(Prompts(PROMPTS, {}), (32, 32), torch.device("cpu"))
 
 
 def test_a_head_is_never_unpickled(folder, tmp_path):
@@ -180,7 +181,7 @@ def test_a_head_is_never_unpickled(folder, tmp_path):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({"layers.0.weight": Harm()}, tmp_path / "head.pth")
     with pytest.raises(SettingError, match="UnpicklingError"):
-        RewardSet([f"aesthetic:{tmp_path}"]).try_out(PROMPTS, 32, torch.device("cpu"))
+        RewardSet([f"aesthetic:{tmp_path}"]).try_out(Prompts(PROMPTS, {}), (32, 32), torch.device("cpu"))
     assert not (tmp_path / "harmed").exists()
 
 
@@ -275,7 +276,7 @@ def test_the_text_of_a_prompt():
         with pytest.raises(RewardError, match="does not say which text to show; put the text into double quotation"):
             text_of(prompt, metadata)
     with pytest.raises(SettingError, match=r"the reward 'ocr' \(setting rewards\): the prompt 'a cat' does not say"):
-        RewardSet(["ocr"]).try_out(["a cat"], 64, torch.device("cpu"))
+        RewardSet(["ocr"]).try_out(Prompts(["a cat"], {}), (64, 64), torch.device("cpu"))
 
 
 def test_hps_scores_are_those_of_the_published_definition(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from pipelines import records
 from pcpo_fast import train
 from pcpo_fast.__main__ import main
 from pcpo_fast.errors import RewardError, SettingError
+from pcpo_fast.prompts import Prompts
 from pcpo_fast.reward_settings import RewardSettings
 from pcpo_fast.rewards import RewardSet
 from pcpo_fast.rewards.http import HttpReward, read_scores
@@ -190,7 +191,7 @@ def test_a_server_scores_as_the_reward_itself(good):
     settings = RewardSettings(reward_servers=(f"far={good}/",), reward_batch_size=5)
     metadata = [{"more": index % 3, "list": ["ä", None]} for index in range(5)] + [{} for _ in PROMPTS[5:]]
     rewards = RewardSet(["far=2"], options=settings)
-    rewards.try_out(PROMPTS, 16, CPU)
+    rewards.try_out(Prompts(PROMPTS, {}), (16, 16), CPU)
     total, _ = rewards(IMAGES, PROMPTS, metadata)
     expected = BRIGHTNESS.clone()
     # the reward adds the sum over a request
@@ -265,6 +266,8 @@ def test_a_server_with_a_full_queue_says_so_and_costs_no_score(good):
 
 def test_a_time_limit_and_ctrl_c_end_the_waiting(bad, good):
     waits = HttpReward(good)
+    # a process that was started in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def slow(images, prompts):
         return waits(images, prompts, [{"seconds": 2}] * len(prompts))
@@ -278,6 +281,7 @@ def test_a_time_limit_and_ctrl_c_end_the_waiting(bad, good):
     with pytest.raises(KeyboardInterrupt):
         slow(IMAGES[:1], PROMPTS[:1])
     alarm.join()
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_command_line_that_cannot_be_served_is_one_line(capsys):

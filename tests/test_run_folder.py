@@ -89,7 +89,7 @@ def test_a_tilde_is_the_home_folder(run, monkeypatch):
         folders.append(folder)
 
     class Source:
-        side, device = 32, "cpu"
+        size, device = (32, 32), "cpu"
 
         def load(self, **settings):
             return None
@@ -180,7 +180,7 @@ def test_a_lock_of_another_machine_is_named_by_what_it_says(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [("{", "cannot read"), ('{"epoch": 3}', "epoch: no setting"), (None, "Is a")]
+    ("content", "reason"), [("{", "cannot read"), ('{"epoch": 3}', "epoch: no setting"), (None, "it is a folder")]
 )
 def test_broken_settings_of_a_run_are_named(run, capsys, content, reason):
     (run / "config.json").unlink()

@@ -189,7 +189,7 @@ def test_a_failed_run_does_not_stop_the_others(plan, whole, tmp_path, capsys):
 
 def test_a_sweep_that_failed_leaves_its_best_rate_open(tmp_path):
     content = CONTENT | {"parts": CONTENT["parts"] | {"sweep": {"learning_rates": [1e-4], "seeds": [1, 100]}}}
-    content["parts"] = {key: content["parts"][key] for key in ("sweep", "best")}
+    content["parts"] = {"sweep": content["parts"]["sweep"], "best": content["parts"]["best"] | {"seeds": [2, 3]}}
     (tmp_path / "fail").touch()
     study, status = start(make_plan("name", content), tmp_path)
     assert status == 1 and len(study.waiting) == 4 and len(study.failed) == 2

@@ -608,7 +608,7 @@ def files(tmp_path):
             "--prompts nofile.txt",
             "--prompts: 'nofile.txt' is neither a file nor a built-in list; give a text file .*animals",
         ),
-        ("--prompts empty.txt", "--prompts: the file empty.txt is empty; write one prompt per line"),
+        ("--prompts empty.txt", "--prompts: cannot read empty.txt: it is empty"),
         (
             "--model nowhere",
             "--model: 'nowhere' is not a diffusers pipeline: nowhere/model_index.json not found; give a folder",
@@ -666,7 +666,7 @@ def files(tmp_path):
         ("--config true.json", "--config: true.json: epochs: true was given; it must be a valid integer"),
         ("--config broken.yaml", "--config: cannot read broken.yaml: .*line 1"),
         ("--config range.yaml", "--config: range.yaml: clip_range: -0.0001 was given; it must be greater than 0"),
-        ("--prompts binary.txt", "--prompts: binary.txt cannot be read as UTF-8 text"),
+        ("--prompts binary.txt", "--prompts: cannot read binary.txt: line 1 is not UTF-8"),
         ("--output-dir empty.txt", "--output-dir: cannot be used as a run folder: .*empty.txt"),
         ("--window random", "--window: places a window of steps, and window_size is not set"),
         ("--window-size 9", "--window-size: 9 is more than the 3 steps from 0 to 3"),

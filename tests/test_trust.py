@@ -102,7 +102,7 @@ def test_a_study_imports_them_only_if_it_is_trusted(tmp_path, theirs, capsys, pl
     study = {
         "settings": {name: value} if place == "settings" else {},
         "tasks": {"digits": task | ({"settings": {name: value}} if place == "task" else {})},
-        # whose credit asks for the sampler's table
+        # its credit asks for the sampler's table
         "algorithms": {"a": {"credit_powers": [1, 0]} | ({name: value} if place == "algorithm" else {})},
         "parts": {"equal": {"learning_rates": [1e-4], "seeds": [0]}},
     }

@@ -137,8 +137,16 @@ class RewardSet:
             RewardError: if a reward fails, takes too long, or does not return one number per image; it names the
                 reward.
         """
+        total, scores = self._sum(images, prompts, [{} for _ in prompts] if metadata is None else metadata, seed)
+        for name, failed in self.failed.items():
+            if failed:
+                warn(f"{self._failure(name, len(prompts))}; they count as not finite")
+        return total, scores
+
+    def _sum(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], seed: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         finite = images.isfinite().flatten(1).all(dim=1).cpu()
-        metadata = [{} for _ in prompts] if metadata is None else metadata
         scores = {}
         for name, (reward, _) in self.rewards.items():
             started = time.perf_counter()
@@ -149,8 +157,6 @@ class RewardSet:
             self.seconds[name] = time.perf_counter() - started
             if isinstance(reward, HttpReward):
                 self.failed[name] = reward.failed
-                if reward.failed:
-                    warn(f"{self._failure(name, len(prompts))}; they count as not finite")
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]
@@ -169,7 +175,7 @@ class RewardSet:
             for server in servers.values():
                 server.check_health()
             first = (list(prompts) * 2)[:2]
-            self(images, first, prompts.about(first))
+            self._sum(images, first, prompts.about(first), seed=0)
             for name, server in servers.items():
                 if server.failed:
                     raise RewardError(f"the reward {name!r}: the server {server.url} failed: {server.last_error}")
