@@ -34,8 +34,8 @@ class Embeddings:
     def __init__(self, embed: Callable[[str], Conditioning], bound: int = BOUND) -> None:
         self.embed, self.bound = embed, bound
         self.bytes = 0
-        self._in_memory: dict[str, Conditioning] = {}
-        self._on_disk: dict[str, Path] = {}
+        # a conditioning in main memory, or the file that holds it
+        self._made: dict[str, Conditioning | Path] = {}
         self._folder: Path | None = None
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
@@ -52,7 +52,7 @@ class Embeddings:
         Raises:
             SettingError: if the disk has no room for those that main memory has none for.
         """
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._in_memory | self._on_disk]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._made]
         for index, prompt in enumerate(tqdm(new, desc="prompts", leave=False, disable=None)):
             before = self.bytes
             self._one(prompt)
@@ -74,17 +74,13 @@ class Embeddings:
         say(f"{text}, where {_size(free)} are free")
 
     def _one(self, prompt: str) -> Conditioning:
-        if prompt in self._in_memory:
-            return self._in_memory[prompt]
-        if prompt in self._on_disk:
-            return _read(self._on_disk[prompt])
+        made = self._made.get(prompt)
+        if made is not None:
+            return _read(made) if isinstance(made, Path) else made
         found = self.embed(prompt).to(torch.device("cpu"))
         size = sum(tensor.nbytes for tensor in found.tensors().values())
         self.bytes += size
-        if self.bytes <= self.bound:
-            self._in_memory[prompt] = found
-        else:
-            self._on_disk[prompt] = self._write(prompt, found)
+        self._made[prompt] = found if self.bytes <= self.bound else self._write(prompt, found)
         return found
 
     def _write(self, prompt: str, found: Conditioning) -> Path:

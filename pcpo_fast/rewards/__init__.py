@@ -70,7 +70,6 @@ class RewardSet:
     Attributes:
         rewards: functions and weights, by name.
         seconds: how long each reward took in the last call, by name.
-        failed: how many images of the last call each server failed to score, by name.
 
     Raises:
         SettingError: for an unknown name, a model whose weights or packages are missing, a module or function that is
@@ -89,7 +88,6 @@ class RewardSet:
         self.setting, self.timeout, self.options = setting, timeout, options or RewardSettings()
         self.rewards: dict[str, tuple[Reward, float]] = {}
         self.seconds: dict[str, float] = {}
-        self.failed: dict[str, int] = {}
         # rewards of which it was said that they do not tell images apart
         self._constant: set[str] = set()
         if isinstance(rewards, str):
@@ -155,8 +153,6 @@ class RewardSet:
             function = _of_three(name, reward, self.setting)
             scores[name] = self._score(name, function, inputs, seed).where(finite, math.nan)
             self.seconds[name] = time.perf_counter() - started
-            if isinstance(reward, HttpReward):
-                self.failed[name] = reward.failed
         total = torch.zeros(len(prompts))
         for name, (_, weight) in self.rewards.items():
             total += weight * scores[name]
@@ -170,13 +166,12 @@ class RewardSet:
             SettingError: if a reward cannot score them.
         """
         images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
-        servers = {name: reward for name, (reward, _) in self.rewards.items() if isinstance(reward, HttpReward)}
         try:
-            for server in servers.values():
+            for server in self._servers().values():
                 server.check_health()
             first = (list(prompts) * 2)[:2]
             self._sum(images, first, prompts.about(first), seed=0)
-            for name, server in servers.items():
+            for name, server in self._servers().items():
                 if server.failed:
                     raise RewardError(f"the reward {name!r}: the server {server.url} failed: {server.last_error}")
         except RewardError as error:
@@ -210,8 +205,16 @@ class RewardSet:
                     f"in epoch {epoch}; there it teaches nothing"
                 )
 
+    @property
+    def failed(self) -> dict[str, int]:
+        """How many images of the last call each server failed to score, by name."""
+        return {name: server.failed for name, server in self._servers().items()}
+
+    def _servers(self) -> dict[str, HttpReward]:
+        return {name: reward for name, (reward, _) in self.rewards.items() if isinstance(reward, HttpReward)}
+
     def _failure(self, name: str, count: int) -> str:
-        server: Any = self.rewards[name][0]
+        server = self._servers()[name]
         return (
             f"the server of the reward {name!r} failed to score {server.failed} of {count} images ({server.last_error})"
         )

@@ -150,9 +150,8 @@ def make_plan(name: str, content: Any, *, trusted: bool = False) -> Plan:
     _check_ids(file)
     pairs = dict.fromkeys((task, algorithm) for _, task, algorithm, *_ in cells(file))
     # an algorithm of no part is checked as well
-    pairs |= dict.fromkeys(
-        (next(iter(file["tasks"])), name) for name in file["algorithms"].keys() - {a for _, a in pairs}
-    )
+    used, task = {algorithm for _, algorithm in pairs}, next(iter(file["tasks"]))
+    pairs |= {(task, algorithm): None for algorithm in file["algorithms"] if algorithm not in used}
     return Plan(name, file, {pair: _config(file, *pair, trusted=trusted) for pair in pairs})
 
 
