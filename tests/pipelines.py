@@ -4,6 +4,7 @@ Test modules import from here before pytest loads the fixtures (PYTEST_DONT_REWR
 """
 
 import json
+import shutil
 import string
 import sys
 from collections.abc import Callable, Mapping
@@ -256,6 +257,19 @@ def models(tmp_path_factory) -> dict[str, Path]:
 def model(tmp_path_factory) -> Path:
     """The folder of a saved `stable_diffusion()`."""
     return save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd15")
+
+
+@pytest.fixture
+def bare(models, tmp_path) -> Callable[[str], Path]:
+    """A function that copies the folder of one of `FAMILIES` without its weights."""
+    without = shutil.ignore_patterns("*.safetensors")
+    return lambda family: Path(shutil.copytree(models[family], tmp_path / family, ignore=without))
+
+
+def edit(path: Path, **entries) -> None:
+    """Changes entries of a JSON file, which may not be there yet."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | entries))
 
 
 @pytest.fixture

@@ -216,14 +216,12 @@ def configured(**entries):
         (configured(r=3), r"does not fit this model: .* has shape \[2, "),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(models, adapters, tmp_path, damage, message):
+def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(bare, adapters, tmp_path, damage, message):
     folder = tmp_path / "adapter"
     shutil.copytree(adapters["sd15"], folder)
     damage(folder)
-    bare = tmp_path / "model"
-    shutil.copytree(models["sd15"], bare, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(SettingError, match=f"^lora_path: .*{message}"):
-        find_model(settings(bare, lora_path=str(folder)))
+        find_model(settings(bare("sd15"), lora_path=str(folder)))
 
 
 @pytest.mark.parametrize(

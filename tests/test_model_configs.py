@@ -1,13 +1,11 @@
 """What a model's configuration asks for is served or refused by name, before its weights are read."""
 
 import inspect
-import json
-import shutil
 
 import diffusers
 import pytest
 import torch
-from pipelines import FAMILIES, stable_diffusion
+from pipelines import FAMILIES, edit, stable_diffusion
 
 from pcpo_fast.config import ModelSettings
 from pcpo_fast.errors import SettingError
@@ -79,18 +77,6 @@ def test_every_entry_of_a_denoisers_configuration_is_known(kind):
     assert policy.served.keys() <= ASKED.keys()
     inputs = inspect.signature(getattr(diffusers, name).forward).parameters.keys() - {"self"}
     assert {n for n in inputs if "residual" not in n and "controlnet" not in n} <= GIVEN[name] | OPTIONAL_INPUTS
-
-
-@pytest.fixture
-def bare(models, tmp_path):
-    """A function that copies the folder of a family without its weights."""
-    return lambda family: shutil.copytree(
-        models[family], tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors")
-    )
-
-
-def edit(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 def find(folder):

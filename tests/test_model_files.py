@@ -2,14 +2,13 @@
 
 import contextlib
 import http.server
-import json
 import shutil
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from pipelines import FAMILIES
+from pipelines import FAMILIES, edit
 
 from pcpo_fast.config import ModelSettings
 from pcpo_fast.errors import SettingError
@@ -23,12 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def find(model, **settings):
     return find_model(ModelSettings(**{"model": str(model), "resolution": 64, "guidance_scale": 1.0} | settings))
-
-
-def edit(path, **entries):
-    """Changes entries of a JSON file, which may not be there yet."""
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(content | entries))
 
 
 @pytest.fixture

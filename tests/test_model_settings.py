@@ -6,7 +6,7 @@ import shutil
 import diffusers
 import pytest
 import torch
-from pipelines import FAMILIES, SD15_SCHEDULER, command, records
+from pipelines import FAMILIES, SD15_SCHEDULER, command, edit, records
 
 from pcpo_fast import samplers
 from pcpo_fast.config import Config, ModelSettings, SamplerSettings
@@ -28,18 +28,6 @@ def refused(name, message):
     return pytest.raises(SettingError, match=f"^{name}: .*{message}")
 
 
-@pytest.fixture
-def copy(models, tmp_path):
-    """A function that copies the folder of a family without its weights."""
-    return lambda family: shutil.copytree(
-        models[family], tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors")
-    )
-
-
-def edit(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("given", "size"),
@@ -51,11 +39,11 @@ def edit(path, **entries):
         ({"width": 96}, (64, 96)),
     ],
 )
-def test_the_size_of_the_images(copy, family, given, size):
+def test_the_size_of_the_images(bare, family, given, size):
     # FLUX's own size is in no file
     own = 1024 if family == "flux" and given == {"width": 96} else 64
     expected = tuple(own if side == 64 else side for side in size)
-    source = find(copy(family), **given)
+    source = find(bare(family), **given)
     assert source.size == expected
     assert source.schedule().image_seq_len == (
         (expected[0] // 8) * (expected[1] // 8) // (1 if family in ("sd15", "sdxl") else 4)
@@ -64,14 +52,14 @@ def test_the_size_of_the_images(copy, family, given, size):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["height", "width"])
-def test_sides_that_do_not_divide_are_refused_by_name(copy, family, name):
+def test_sides_that_do_not_divide_are_refused_by_name(bare, family, name):
     multiple, below, above = (8, 56, 64) if family in ("sd15", "sdxl") else (16, 48, 64)
     with refused(name, f"60 is not a multiple of {multiple}, .*; {below} and {above} are"):
-        find(copy(family), **{"resolution": 64, name: 60})
+        find(bare(family), **{"resolution": 64, name: 60})
 
 
-def test_sides_that_sd3_has_no_positions_for_are_refused_by_name(copy):
-    folder = copy("sd35")
+def test_sides_that_sd3_has_no_positions_for_are_refused_by_name(bare):
+    folder = bare("sd35")
     for name in ("height", "width"):
         with refused(name, "272 is more than the 256 that this model has positions for; lower it"):
             find(folder, **{name: 272})
@@ -81,8 +69,8 @@ def test_sides_that_sd3_has_no_positions_for_are_refused_by_name(copy):
 @pytest.mark.parametrize(
     ("size", "expected"), [([8, 12], (64, 96)), (None, None), ([8], None), ("8", None), ([8.0, 8], None), (True, None)]
 )
-def test_a_models_own_size_may_be_two_sides_or_none(copy, size, expected):
-    folder = copy("sd15")
+def test_a_models_own_size_may_be_two_sides_or_none(bare, size, expected):
+    folder = bare("sd15")
     edit(folder / "unet" / "config.json", sample_size=size)
     if expected is not None:
         assert find(folder).size == expected
@@ -105,13 +93,13 @@ def test_training_on_images_that_are_no_squares(models, tmp_path, family):
     assert (saved["height"], saved["width"]) == (32, 48)
 
 
-def test_negative_prompts_that_have_no_effect_are_refused(copy):
+def test_negative_prompts_that_have_no_effect_are_refused(bare):
     with refused("negative_prompt", "has no effect with guidance_scale 1; leave it out, or raise guidance_scale"):
         Config().replace(negative_prompt="bad", guidance_scale=1.0).resolved()
     with refused(
         "negative_prompt", r"\(FluxPolicy\) has no second output to steer away from: its guidance is an input"
     ):
-        find(copy("flux"), negative_prompt="bad", resolution=64)
+        find(bare("flux"), negative_prompt="bad", resolution=64)
 
 
 def as_variant(folder, name="fp16"):

@@ -408,10 +408,9 @@ def test_a_model_without_a_size_of_its_own_needs_a_resolution(model, tmp_path):
 
 
 @each_family
-def test_a_model_is_found_without_its_weights(models, family, tmp_path):
+def test_a_model_is_found_without_its_weights(models, bare, family):
     """And has the schedule of the policy that is loaded from it."""
-    shutil.copytree(models[family], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    source = find_model(make_settings(tmp_path / "bare"))
+    source = find_model(make_settings(bare(family)))
     settings, policy = SamplerSettings(num_inference_steps=7), make_policy(models[family])
     assert source.kind == type(policy.pipeline).__name__ and source.policy_class is type(policy)
     found, loaded = (samplers.build(settings, model.schedule()) for model in (source, policy))
